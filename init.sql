@@ -1,0 +1,13 @@
+-- The schema, defined here and nowhere else. PostgreSQL's image runs this file on an empty volume;
+-- an instance runs it when it finds no table, so an outside database works too. Safe to run again.
+
+CREATE TABLE IF NOT EXISTS messages (
+    id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    author      text        NOT NULL CHECK (author <> ''),
+    body        text        NOT NULL CHECK (body <> ''),
+    instance    text        NOT NULL,               -- who stored it: web1, web2, web3
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    -- What makes a repeated POST safe: the key is stored in the same row, so in the same commit, as the
+    -- message it stands for. Prefixed by where it came from: c: client, p: proxy, s: the service itself.
+    request_key text        NOT NULL CONSTRAINT messages_request_key UNIQUE
+);
