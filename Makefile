@@ -1,0 +1,131 @@
+# What people type. `make` alone lists it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PORT ?= 9999
+export PORT
+URL := http://localhost:$(PORT)
+
+# Said when a target fails for want of something; `make doctor` finds out what.
+hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be missing." >&2; exit $$code; }
+
+.PHONY: help
+help:
+	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	     /^[a-z-]+:.*##/ { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+##@ The stack
+
+.PHONY: up
+up: ## builds, starts, waits until all is healthy, prints the address
+	@docker compose up --detach --build --wait || { \
+	  for image in $$(tests/offline/build --missing 2>/dev/null); do \
+	    echo "$$image could not be pulled: \`make offline-images\` builds stand-ins for it and the others" >&2; \
+	    exit 1; \
+	  done; false; } || $(hint)
+	@echo "Threefold answers at $(URL)"
+
+.PHONY: build
+build: ## builds the image
+	@docker compose build || $(hint)
+
+.PHONY: exercise
+exercise: ## sends visits and messages for a while and shows live who answered (SECONDS_LONG=20)
+	@tests/exercise
+
+.PHONY: ps
+ps: ## state of the containers
+	@docker compose ps --all
+
+.PHONY: logs
+logs: ## what the containers say, as they say it
+	@docker compose logs --follow --tail 50
+
+.PHONY: trace
+trace: ## follows one request through all logs: make trace ID=… (the X-Request-Id of an answer)
+	@[ -n "$(ID)" ] || { echo "usage: make trace ID=…   (the X-Request-Id of an answer)"; exit 2; }
+	@docker compose logs --no-color 2>/dev/null | grep -F '"request":"$(ID)"' || \
+	  { echo "no log line has the request id $(ID)"; exit 1; }
+
+.PHONY: restart
+restart: ## restarts every container
+	@docker compose restart && . tests/lib.sh && wait_ready
+
+.PHONY: rolling
+rolling: ## replaces the web instances one at a time, without a failed request
+	@tests/rolling
+
+.PHONY: scale
+scale: ## N web instances in all, 3 to 20, without a failed request: make scale N=6
+	@[[ "$(N)" =~ ^([3-9]|1[0-9]|20)$$ ]] || { echo "usage: make scale N=6   (3 to 20 web instances; N was \"$(N)\")"; exit 2; }
+	@docker compose up --detach --no-deps --no-recreate --wait --scale web-more=$$(($(N) - 3)) web-more
+	@echo "$(N) web instances behind $(URL)"
+
+.PHONY: down
+down: ## stops it; the data stay
+	@docker compose down --remove-orphans
+
+.PHONY: clean
+clean: ## stops it and removes data and images, after asking
+	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
+	@docker compose down --remove-orphans --volumes --rmi local
+
+##@ Proof
+
+.PHONY: test
+test: ## the service's own tests, with real PostgreSQL and Redis, no Docker needed
+	@./jbang tests/ServiceTest.java $(NAME) && ./jbang tests/OpenApiTest.java
+
+.PHONY: test-lb
+test-lb: ## shows and checks that requests spread over the instances
+	@tests/load-balancing
+
+.PHONY: test-persist
+test-persist: ## restarts, kills and recreates all containers; checks that every message and count is still there
+	@tests/persistence
+
+.PHONY: test-failover
+test-failover: ## kills, stops, hangs parts under load; checks that nothing is lost, doubled or refused (CASE=…)
+	@tests/failover $(CASE)
+
+.PHONY: test-browser
+test-browser: ## opens the page in a real browser and uses it
+	@tests/browser/run
+
+.PHONY: bench
+bench: ## measures against what the machine can do (QUICK=1: under two minutes)
+	@tests/bench
+
+##@ Without Docker, and data
+
+.PHONY: run
+run: ## one instance on this machine, no Docker: jbang Service.java
+	@./jbang Service.java
+
+.PHONY: psql
+psql: ## a prompt at the database
+	@docker compose exec postgres psql -U postgres -d "$${DB_NAME:-app}"
+
+.PHONY: redis-cli
+redis-cli: ## a prompt at Redis
+	@docker compose exec redis redis-cli
+
+.PHONY: backup
+backup: ## messages and counters into one archive: make backup FILE=threefold.tar.gz
+	@tests/backup save "$(FILE)"
+
+.PHONY: restore
+restore: ## …and back, after asking: make restore FILE=threefold.tar.gz
+	@tests/backup load "$(FILE)"
+
+##@ Trouble
+
+.PHONY: doctor
+doctor: ## what is present, what is missing, and how to get it
+	@tests/doctor
+
+.PHONY: offline-images
+offline-images: ## builds stand-ins for the official images, where no registry can be reached
+	@tests/offline/build

@@ -1,0 +1,57 @@
+# What the test scripts share. They need bash, curl and Docker, and work on a stack that has been used before.
+# Source it from the top-level folder's scripts; it goes there, stops on errors, and cleans up.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+URL=${URL:-http://localhost:${PORT:-9999}}
+WORK=$(mktemp -d)
+RUN="$(basename "$0")-$$-$RANDOM"          # names this run's requests in every log
+failures=0
+
+say()  { printf '%s\n' "$*"; }
+pass() { printf '  ok    %s\n' "$*"; }
+fail() { printf '  FAIL  %s\n' "$*"; failures=$((failures + 1)); }
+
+# check WHAT EXPECTED SEEN: one line, with both sides when they differ
+check() { if [ "$2" = "$3" ]; then pass "$1: $3"; else fail "$1: expected $2, saw $3"; fi; }
+
+# finish: the verdict; on failure with what the containers had to say last
+finish() {
+  if [ "$failures" -gt 0 ]; then
+    say "--- the last of the logs ($failures checks failed) ---"
+    docker compose logs --tail 15 2>&1 | cut -c1-300
+    say "FAILED: $failures checks"
+    exit 1
+  fi
+  say "PASSED"
+}
+
+trap 'rm -rf "$WORK"' EXIT
+
+# instances: the containers that answer requests, as "service address" lines
+instances() {
+  docker compose ps -q web1 web2 web3 web-more |
+    xargs -r docker inspect --format '{{index .Config.Labels "com.docker.compose.service"}} {{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'
+}
+
+# wait_ready [SECONDS]: until every container of the stack that is there is healthy, asked four times a second
+wait_ready() {
+  local ids state deadline=$((SECONDS + ${1:-60}))
+  while :; do
+    ids=$(docker compose ps -aq)
+    state=$(docker inspect --format '{{.Name}} {{.State.Health.Status}}' $ids 2>/dev/null) || state="starting"
+    [ -n "$ids" ] && ! grep -qv ' healthy$' <<<"$state" && return 0
+    if [ $SECONDS -ge $deadline ]; then
+      say "not healthy after ${1:-60} s:"; grep -v ' healthy$' <<<"$state"; return 1
+    fi
+    sleep 0.25
+  done
+}
+
+# need_stack: says what to do when nothing is running
+need_stack() {
+  curl -fsS -m 5 -o "$WORK/ready" "$URL/readyz" 2>"$WORK/error" && return 0
+  say "The stack does not answer at $URL/readyz ($(cat "$WORK/error"))."
+  say "Start it with \`make up\`; \`make doctor\` says what may be missing."
+  exit 1
+}
