@@ -1957,6 +1957,7 @@ public final class Service implements AutoCloseable {
                     <p class="total"><strong id="total">%s</strong> in all, answered by</p>
                     <ul id="shares" class="shares">%s</ul>
                   </section>
+                  <noscript><p class="panel">JavaScript is off: reload the page to see what is new.</p></noscript>
                   <section id="try" class="panel" aria-labelledby="try-title" hidden>
                     <h2 id="try-title">Who answers?</h2>
                     <p>Every cell is one request from this browser, in the order of the answers.</p>
@@ -1994,17 +1995,21 @@ public final class Service implements AutoCloseable {
         private static final String ANSWER = """
             <section id="answer" class="answer own hue%s" aria-labelledby="answer-title">
                 <h2 id="answer-title">Answered by <strong id="instance" class="name%s">%s</strong></h2>
-                <p id="visit">%s</p>
-                <p><a id="again" class="button" href="/">Ask again</a></p>
+                <div>
+                  <p id="visit">%s</p>
+                  <p><a id="again" class="button" href="/">Ask again</a></p>
+                </div>
               </section>""";
 
         private static final String SHARE = """
-            <li class="own hue%s" data-name="%s"><b class="name">%s</b> <svg class="bar" aria-hidden="true"><rect width="%s%%" height="100%%"/></svg> <span class="count">%s</span> <span class="percent">%s%%</span></li>""";
+            <li class="own hue%s" data-name="%s"><b class="name">%s</b>
+              <svg class="bar" aria-hidden="true"><rect width="%s%%" height="100%%"/></svg>
+              <span class="count">%s</span> <span class="percent">%s%%</span></li>""";
 
         private static final String ITEM = """
             <li data-id="%s">
-              <p class="meta"><bdi class="author">%s</bdi>
-                <span class="stored">stored by <b class="name own hue%s">%s</b> <time datetime="%s">%s</time></span></p>
+              <p class="meta"><bdi class="author">%s</bdi> <span class="stored">stored by
+                <b class="name own hue%s">%s</b>, <time datetime="%s">%s</time></span></p>
               <p class="body" dir="auto">%s</p>
             </li>
             """;
@@ -2023,12 +2028,17 @@ public final class Service implements AutoCloseable {
             %s</textarea>
                       <span id="body-error" class="error">%s</span></p>
                     <p id="form-trouble" class="error" role="alert">%s</p>
-                    <p class="buttons"><button id="send">Send</button> <button id="stop" type="button" hidden>Stop trying</button>
+                    <p class="buttons"><button id="send">Send</button>
+                      <button id="stop" type="button" hidden>Stop trying</button>
                       <span id="sent" role="status"></span></p>
                   </form>""";
 
         private static final String ICON = """
-            data:image/svg+xml,%%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 30 30' fill='hsl(%s,65%%25,50%%25)'%%3E%%3Cpath d='M1 8l9-4v18l-9 4z'/%%3E%%3Cpath d='M10 4l10 4v18l-10-4z' opacity='.7'/%%3E%%3Cpath d='M20 8l9-4v18l-9 4z'/%%3E%%3C/svg%%3E""";
+            data:image/svg+xml,%%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 30 30'\
+             fill='hsl(%s,65%%25,50%%25)'%%3E\
+            %%3Cpath d='M1 8l9-4v18l-9 4z'/%%3E\
+            %%3Cpath d='M10 4l10 4v18l-10-4z' opacity='.7'/%%3E\
+            %%3Cpath d='M20 8l9-4v18l-9 4z'/%%3E%%3C/svg%%3E""";
 
         private static final String LOOK = """
             :root {
@@ -2042,20 +2052,24 @@ public final class Service implements AutoCloseable {
               --alarm: light-dark(#a3182b, #ff9d9d);
               --alarm-sheet: light-dark(#fdeceb, #3a1d24);
               --accent: light-dark(#3a3650, #e6e1f5);
-              --folds: linear-gradient(100deg, #fff4 0 12%, #fff0 33.2%, #0003 33.3%, #0000 46%, #fff3 66.5%, #0002 66.6%, #0000 90%);
+              --folds: linear-gradient(100deg,
+                #fff4 12%, #fff0 33.2%, #0003 33.3%, #0000 46%, #fff3 66.5%, #0002 66.6%, #0000 90%);
               font: 112.5%/1.5 ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif;
             }
 
-            /* An instance's own colour: fill under dark letters, tone for letters on the sheet; every second is darker. */
+            /* An instance's own colour: fill under dark letters, tone for letters on the sheet. */
             .own {
-              --fill: oklch(calc(.77 - .09 * var(--odd)) .13 var(--hue));
-              --tone: light-dark(oklch(calc(.5 - .05 * var(--odd)) .13 var(--hue)), oklch(calc(.85 - .06 * var(--odd)) .11 var(--hue)));
+              --step: calc(-.09 * var(--odd)); /* neighbours in hue differ in lightness too */
+              --fill: oklch(calc(.77 + var(--step)) .13 var(--hue));
+              --tone: light-dark(
+                oklch(calc(.5 + var(--step) / 2) .13 var(--hue)), oklch(calc(.86 + var(--step) / 2) .11 var(--hue)));
               --on-fill: oklch(.2 .04 var(--hue));
             }
 
             * { box-sizing: border-box; }
             [hidden] { display: none !important; }
-            body { margin: 0 auto; padding: 1rem clamp(1rem, 3vw, 2.5rem) 2rem; max-width: 84rem; background: var(--paper); color: var(--ink); }
+            body { max-width: 84rem; margin: 0 auto; padding: 1rem clamp(1rem, 3vw, 2.5rem) 2rem;
+              background: var(--paper); color: var(--ink); }
             h1, h2, p, ul, ol { margin: 0; padding: 0; }
             ul, ol { list-style: none; }
             a { color: inherit; text-underline-offset: .2em; }
@@ -2071,28 +2085,33 @@ public final class Service implements AutoCloseable {
             .mark path:nth-child(2) { opacity: .45; }
             .motto, footer { color: var(--soft); font-size: .9rem; }
             .link { margin-left: auto; font-size: .9rem; color: var(--soft); }
-            .link[data-state]::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .5em;
-              border: 2px solid currentcolor; border-radius: 50%; }
+            .link[data-state]::before { content: ""; display: inline-block; width: .65em; height: .65em;
+              margin-right: .5em; border: 2px solid; border-radius: 50%; }
             .link[data-state=live]::before { background: currentcolor; }
             .link[data-state=broken] { color: var(--alarm); font-weight: 600; }
             .trouble p { margin-bottom: .75rem; padding: .6rem 1rem; border-left: .4rem solid; border-radius: .25rem;
               background: var(--alarm-sheet); color: var(--alarm); font-weight: 600; }
 
-            .answer { display: grid; grid-template-columns: 1fr auto; align-items: end; gap: 1rem; padding: 1.5rem clamp(1rem, 3vw, 2rem);
-              border-radius: 1rem; background: var(--folds), var(--fill); color: var(--on-fill); transition: background-color .3s; }
-            .answer h2 { grid-column: 1 / -1; font-size: 1.15rem; font-weight: 600; }
-            .answer .name { display: block; overflow-wrap: anywhere; font-size: clamp(5rem, 19vw, 13rem); line-height: .95;
-              letter-spacing: -.05em; font-weight: 800; }
-            .answer .long { font-size: clamp(2rem, 7vw, 5rem); letter-spacing: -.03em; }
-            .answer p { font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+            .answer { display: grid; grid-template-columns: 2fr 1fr; align-items: end; gap: 0 2rem;
+              min-height: 15rem; padding: 1.25rem clamp(1rem, 3vw, 2rem) 1.5rem; border-radius: 1rem;
+              color: var(--on-fill); background: var(--folds), var(--fill); transition: background-color .3s; }
+            .answer h2 { align-self: center; font-size: 1.15rem; font-weight: 600; }
+            .answer .name { display: block; overflow-wrap: anywhere; font-size: clamp(4.5rem, 15vw, 11.5rem);
+              line-height: 1; letter-spacing: -.05em; font-weight: 800; }
+            .answer .long { font-size: clamp(2rem, 6vw, 4.5rem); letter-spacing: -.03em; }
+            #visit { margin-bottom: .75rem; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
 
-            .columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.25rem; margin-top: 1.25rem; align-items: start; }
+            .columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.25rem;
+              align-items: start; margin-top: 1.25rem; }
             .columns > div { display: grid; gap: 1.25rem; }
-            .panel { padding: 1.25rem clamp(1rem, 2vw, 1.5rem); border: 1px solid var(--line); border-radius: 1rem; background: var(--sheet); }
+            .panel { padding: 1.25rem clamp(1rem, 2vw, 1.5rem); border: 1px solid var(--line); border-radius: 1rem;
+              background: var(--sheet); }
             .panel > p { margin: .5rem 0; }
-            .total strong { font-size: 2.6rem; line-height: 1.1; letter-spacing: -.03em; font-variant-numeric: tabular-nums; }
+            .total strong { font-size: 2.6rem; line-height: 1.1; letter-spacing: -.03em;
+              font-variant-numeric: tabular-nums; }
             .shares { display: grid; gap: .35rem; }
-            .shares li { display: grid; grid-template-columns: minmax(4rem, max-content) 1fr 4.5rem 4rem; align-items: center; gap: .75rem; }
+            .shares li { display: grid; grid-template-columns: minmax(4rem, max-content) 1fr 4.5rem 4rem;
+              align-items: center; gap: .75rem; }
             .shares .name { max-width: 12rem; overflow-wrap: anywhere; }
             .name.own, .own > .name { color: var(--tone); }
             .answer .name.name { color: inherit; }
@@ -2102,31 +2121,33 @@ public final class Service implements AutoCloseable {
             .percent { color: var(--soft); }
 
             .cells { display: grid; grid-template-columns: repeat(15, 1fr); gap: 3px; margin: .75rem 0; }
-            .cells i { aspect-ratio: 1; display: grid; place-items: center; border: 1px dashed var(--line); border-radius: .25rem;
-              font: 700 .75rem/1 ui-monospace, monospace; overflow: hidden; }
+            .cells i { aspect-ratio: 1; display: grid; place-items: center; overflow: hidden;
+              border: 1px dashed var(--line); border-radius: .25rem; font: 700 .85rem/1 ui-monospace, monospace; }
             .cells .own { border: 0; background: var(--fill); color: var(--on-fill); }
             .cells .failed { border: 2px solid var(--alarm); color: var(--alarm); }
 
             label { font-weight: 600; }
-            form p { display: grid; grid-template-columns: 1fr auto; gap: .15rem .75rem; align-items: baseline; margin-top: .6rem; }
+            form p { display: grid; grid-template-columns: 1fr auto; gap: .15rem .75rem; align-items: baseline;
+              margin-top: .6rem; }
             .limit { color: var(--soft); font-size: .9rem; font-variant-numeric: tabular-nums; }
             input, textarea, .error { grid-column: 1 / -1; }
-            input, textarea { width: 100%; padding: .55rem .7rem; border: 1px solid var(--edge); border-radius: .5rem;
-              background: var(--paper); color: inherit; font: inherit; }
+            input, textarea { width: 100%; padding: .55rem .7rem; border: 1px solid var(--edge);
+              border-radius: .5rem; background: var(--paper); color: inherit; font: inherit; }
             textarea { resize: vertical; min-height: 5rem; max-height: 24rem; field-sizing: content; }
             [aria-invalid=true] { border: 2px solid var(--alarm); }
             .error { color: var(--alarm); font-weight: 600; }
             .error:empty { display: none; }
             form .buttons { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem; }
-            button, .button { display: inline-block; padding: .55rem 1.1rem; border: 2px solid var(--accent); border-radius: .5rem;
-              background: var(--accent); color: var(--sheet); font: inherit; font-weight: 600; text-decoration: none; cursor: pointer; }
+            button, .button { display: inline-block; padding: .55rem 1.1rem; border: 2px solid var(--accent);
+              border-radius: .5rem; background: var(--accent); color: var(--sheet); font: inherit; font-weight: 600;
+              text-decoration: none; cursor: pointer; }
             button[aria-disabled=true] { opacity: .6; cursor: progress; }
             .answer .button { border-color: currentcolor; background: none; color: inherit; font-size: 1.1rem; }
             #stop { background: none; color: inherit; }
 
             .heading { display: flex; justify-content: space-between; align-items: baseline; margin-top: 1.75rem; }
-            .messages li { padding: .8rem 0; border-top: 1px solid var(--line); contain: paint; }
-            .messages { margin-top: .6rem; }
+            .messages { margin: .6rem -.75rem 0; }
+            .messages li { padding: .8rem .75rem; border-top: 1px solid var(--line); contain: paint; }
             .messages:not(:empty) + .none { display: none; }
             .meta { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; }
             .author { font-weight: 700; }
@@ -2140,10 +2161,16 @@ public final class Service implements AutoCloseable {
             @media (max-width: 56rem) { .columns { grid-template-columns: minmax(0, 1fr); } }
             @media (max-width: 34rem) {
               :root { font-size: 100%; }
+              .motto { display: none; }
+              .answer { grid-template-columns: 1fr; min-height: 0; }
+              .answer .name { font-size: 22vw; }
+              .answer .long { font-size: 10vw; }
               .cells { grid-template-columns: repeat(10, 1fr); }
               .shares li { grid-template-columns: minmax(3.2rem, max-content) 1fr 3.6rem 3.4rem; gap: .5rem; }
             }
-            @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+            @media (prefers-reduced-motion: reduce) {
+              * { animation: none !important; transition: none !important; }
+            }
             """;
 
         private static final String LIVE = """
@@ -2173,7 +2200,8 @@ public final class Service implements AutoCloseable {
             function hue(name) {
               const number = name.match(/[0-9]{0,4}$/)[0];
               let sum = 0;
-              for (const c of name.slice(0, name.length - number.length)) sum = Math.imul(31, sum) + c.charCodeAt(0) | 0;
+              for (const letter of name.slice(0, name.length - number.length))
+                sum = Math.imul(31, sum) + letter.charCodeAt(0) | 0;
               return 'hue' + (((sum + 21 * number | 0) % 60) + 60) % 60;
             }
 
@@ -2260,13 +2288,14 @@ public final class Service implements AutoCloseable {
               arrived = [];
               added.forEach(message => known.get(message.id).classList.add('new'));
               trim();
-              if (news.length === 0 && added.length > 0) setTimeout(tellNews, Math.max(0, lastNews + 5000 - Date.now()));
-              news.push(...added.filter(message => message.id !== ownId));
+              const others = added.filter(message => message.id !== ownId);
+              if (news.length === 0 && others.length > 0)
+                setTimeout(tellNews, Math.max(0, lastNews + 5000 - Date.now()));
+              news.push(...others);
             }
 
             function tellNews() {
-              if (news.length > 0)
-                say($('news'), news.length === 1 ? 'New message from ' + news[0].author : news.length + ' new messages');
+              say($('news'), news.length === 1 ? 'New message from ' + news[0].author : news.length + ' new messages');
               news = [];
               lastNews = Date.now();
             }
@@ -2307,7 +2336,7 @@ public final class Service implements AutoCloseable {
               say($('link'), words);
             }
 
-            /** A browser keeps six connections to a server, for all tabs together: those that nobody looks at give theirs back. */
+            /** All tabs together have six connections to a server: a tab that nobody looks at gives its own back. */
             function listen() {
               stream?.close();
               if (document.hidden) {
@@ -2324,7 +2353,7 @@ public final class Service implements AutoCloseable {
               stream.onerror = () => {
                 missed = true;
                 showLink('broken', 'reconnecting…');
-                if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 1000); // refused: it would not try again
+                if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 1000); // refused: the browser gave up
               };
             }
 
@@ -2332,7 +2361,8 @@ public final class Service implements AutoCloseable {
               try {
                 const response = await fetch('/readyz', { cache: 'no-store', signal: AbortSignal.timeout(4000) });
                 const { dependencies } = await response.json();
-                return ['postgres', 'redis'].filter(name => dependencies[name] === 'down').map(name => $('trouble').dataset[name]);
+                return Object.keys(dependencies).filter(name => dependencies[name] === 'down').sort()
+                  .map(name => $('trouble').dataset[name]);
               } catch {
                 return ['The service does not answer: reconnecting…'];
               }
@@ -2404,8 +2434,9 @@ public final class Service implements AutoCloseable {
                 }
               };
               await Promise.all([sender(), sender(), sender(), sender()]);
-              const parts = Object.entries(byInstance).map(([name, count]) => name + ' ' + count).sort();
-              const words = '90 requests' + (parts.length ? ', answered by ' + parts.join(', ') : '') + '; ' + failed + ' failed';
+              const names = [...$('answers').children].map(row => row.dataset.name);
+              const parts = names.map(name => name + ' ' + byInstance[name]);
+              const words = (failed ? failed + ' of 90 failed: ' : 'All 90 answered: ') + parts.join(', ');
               $('cells').ariaLabel = words;
               say($('summary'), words);
               $('send90').ariaDisabled = 'false';
@@ -2446,7 +2477,7 @@ public final class Service implements AutoCloseable {
                   signal: AbortSignal.timeout(5000)
                 }).catch(() => null);
                 if (response && ![429, 502, 503, 504].includes(response.status)) return response;
-                say($('form-trouble'), 'No answer yet, trying again… (' + tries + (tries > 1 ? ' times' : ' time') + ' so far)');
+                say($('form-trouble'), 'No answer yet: trying again… (' + (tries + 1) + ')');
                 if (await Promise.race([stopped, sleep(Math.min(5000, 250 * 2 ** tries))])) return null;
               }
             }
@@ -2488,7 +2519,7 @@ public final class Service implements AutoCloseable {
             // ---- start
 
             for (const time of list.querySelectorAll('time')) time.textContent = localTime(time.dateTime);
-            if (location.pathname !== '/') history.replaceState(null, '', '/'); // a refused form: reloading must not send it again
+            if (location.pathname !== '/') history.replaceState(null, '', '/'); // a reload must not send the form again
             for (const field in limits) {
               const error = $(field + '-error').textContent;
               showLength(field);
