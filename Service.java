@@ -56,6 +56,7 @@ import org.xnio.IoUtils;
 import org.xnio.OptionMap;
 import org.xnio.Options;
 import org.xnio.Xnio;
+import org.xnio.XnioIoThread;
 import org.xnio.XnioWorker;
 import redis.clients.jedis.ConnectionPoolConfig;
 import redis.clients.jedis.DefaultJedisClientConfig;
@@ -122,6 +123,7 @@ import java.util.concurrent.ArrayBlockingQueue;
 import java.util.concurrent.BlockingQueue;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.Executor;
+import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
@@ -304,12 +306,24 @@ public final class Service implements AutoCloseable {
         readBody(x, (y, body) -> {
             try {
                 Draft draft = form ? Draft.fromForm(body) : Draft.fromJson(body);
-                ask(y, writes, new Write(key, draft), form ? this::redirectHome : this::sendStored);
+                ask(y, writes, new Write(key, draft), (z, saved, failure) -> {
+                    if (form && wantsHtml(z) && failure instanceof Problem problem) showRefused(z, body, problem);
+                    else if (failure != null) throw failure;
+                    else if (form) redirectHome(z, saved);
+                    else sendStored(z, saved);
+                });
             } catch (Problem e) {
                 if (!form || !wantsHtml(y)) throw e;
-                showPage(y, e.status, PageQuery.NEWEST, null, Form.of(body, e));
+                showRefused(y, body, e);
             }
         });
+    }
+
+    /** Somebody without JavaScript gets the page back, with what was typed and what is wrong. */
+    private void showRefused(HttpServerExchange x, byte[] body, Problem problem) {
+        x.putAttachment(REFUSED_BECAUSE, problem.getMessage());
+        if (problem.status == 503) x.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
+        showPage(x, problem.status, PageQuery.NEWEST, null, Form.of(body, problem));
     }
 
     private void listMessages(HttpServerExchange x) {
@@ -543,12 +557,12 @@ public final class Service implements AutoCloseable {
         /** Answers a batch, in its order. One thread calls it, one batch at a time. */
         interface Work<Q, A> { List<A> answer(List<Q> questions) throws Exception; }
 
-        /** Most requests in one statement: bounds its size; beyond a few hundred nothing more is gained. */
-        static final int MOST_IN_BATCH = 512;
-
         private record Waiting<Q, A>(Q question, Executor home, BiConsumer<A, Exception> then) {}
 
-        private final BlockingQueue<Waiting<Q, A>> queue;
+        private final BlockingQueue<List<Waiting<Q, A>>> queue = new LinkedBlockingQueue<>();
+        private final Map<Executor, List<Waiting<Q, A>>> turns = new ConcurrentHashMap<>();
+        private final AtomicInteger waiting = new AtomicInteger();
+        private final int capacity;
         private final Work<Q, A> work;
         private final IntConsumer sizes;
         private final Thread thread;
@@ -558,27 +572,39 @@ public final class Service implements AutoCloseable {
          * @param sizes    is told the size of each batch
          */
         Batcher(String name, int capacity, IntConsumer sizes, Work<Q, A> work) {
-            this.queue = new ArrayBlockingQueue<>(capacity);
+            this.capacity = capacity;
             this.sizes = sizes;
             this.work = work;
             this.thread = Thread.ofPlatform().name(name).daemon().start(this::run);
         }
 
         /**
-         * Queues a question; its answer or failure goes to {@code then}, on the executor {@code home}.
+         * Queues a question; its answer or failure goes to {@code then}, on the executor {@code home}: the I/O thread
+         * that calls this. What an I/O thread has read in one turn goes to the batch together, when the turn ends:
+         * waking the other thread for the first would leave the rest behind.
          *
-         * @return false if the queue is full and the question was not taken
+         * @return false if as many wait as may, and the question was not taken
          */
         boolean offer(Q question, Executor home, BiConsumer<A, Exception> then) {
-            return queue.offer(new Waiting<>(question, home, then));
+            if (waiting.incrementAndGet() > capacity) {
+                waiting.decrementAndGet();
+                return false;
+            }
+            List<Waiting<Q, A>> turn = turns.computeIfAbsent(home, thread -> new ArrayList<>());
+            turn.add(new Waiting<>(question, home, then));
+            if (turn.size() == 1) home.execute(() -> { // which it does after all that it is reading now
+                queue.add(List.copyOf(turn));
+                turn.clear();
+            });
+            return true;
         }
 
         private void run() {
             try {
                 while (true) {
-                    List<Waiting<Q, A>> batch = new ArrayList<>();
-                    batch.add(queue.take());
-                    queue.drainTo(batch, MOST_IN_BATCH - 1);
+                    List<Waiting<Q, A>> batch = new ArrayList<>(queue.take());
+                    for (List<Waiting<Q, A>> more; (more = queue.poll()) != null; ) batch.addAll(more);
+                    waiting.addAndGet(-batch.size());
                     answer(batch);
                 }
             } catch (InterruptedException closed) { /* close() ends the thread this way */ }
@@ -587,7 +613,7 @@ public final class Service implements AutoCloseable {
         private void answer(List<Waiting<Q, A>> batch) {
             sizes.accept(batch.size());
             List<Q> questions = new ArrayList<>(batch.size());
-            for (Waiting<Q, A> waiting : batch) questions.add(waiting.question);
+            for (Waiting<Q, A> one : batch) questions.add(one.question);
             try {
                 handBack(batch, work.answer(questions), null);
             } catch (Exception e) {
@@ -598,7 +624,7 @@ public final class Service implements AutoCloseable {
         /** Wakes each I/O thread once for all of its answers: the hand-over costs more than most answers do. */
         private void handBack(List<Waiting<Q, A>> batch, List<A> answers, Exception failure) {
             Set<Executor> homes = new HashSet<>();
-            for (Waiting<Q, A> waiting : batch) homes.add(waiting.home);
+            for (Waiting<Q, A> one : batch) homes.add(one.home);
             for (Executor home : homes)
                 home.execute(() -> {
                     for (int i = 0; i < batch.size(); i++)
@@ -1001,9 +1027,14 @@ public final class Service implements AutoCloseable {
             if (newestCounts != null) send(viewer, "visit", null, newestCounts);
         }
 
+        private void read(PageQuery query, BiConsumer<MessagePage, Exception> then) {
+            XnioIoThread thread = worker.getIoThread();
+            thread.execute(() -> reads.offer(query, thread, then));
+        }
+
         /** Pages back to where the viewer was, then sends what it missed, oldest first. */
         private void catchUp(long after, long before, Deque<Message> missed, ServerSentEventConnection viewer) {
-            reads.offer(new PageQuery(before, 100), Runnable::run, (page, failure) -> {
+            read(new PageQuery(before, 100), (page, failure) -> {
                 if (failure != null) return; // the page shows that PostgreSQL is away, and asks again
                 List<Message> found = page.messages().stream().filter(message -> message.id() > after).toList();
                 found.forEach(missed::addFirst);
@@ -1112,7 +1143,7 @@ public final class Service implements AutoCloseable {
         private void lookForMissed() {
             if (viewers() == 0) return;
             long after = newestId - OVERLAP;
-            reads.offer(new PageQuery(Long.MAX_VALUE, 100), Runnable::run, (page, failure) -> {
+            read(new PageQuery(Long.MAX_VALUE, 100), (page, failure) -> {
                 if (failure != null) return;
                 page.messages().reversed().stream().filter(message -> message.id() > after)
                         .forEach(message -> tell(message.id(), message.json()));
@@ -2099,6 +2130,7 @@ public final class Service implements AutoCloseable {
             .answer .name { display: block; overflow-wrap: anywhere; font-size: clamp(4.5rem, 15vw, 11.5rem);
               line-height: 1; letter-spacing: -.05em; font-weight: 800; }
             .answer .long { font-size: clamp(2rem, 6vw, 4.5rem); letter-spacing: -.03em; }
+            .answer div { padding-left: clamp(0rem, 2vw, 1.5rem); }
             #visit { margin-bottom: .75rem; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
 
             .columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.25rem;
@@ -2163,6 +2195,7 @@ public final class Service implements AutoCloseable {
               :root { font-size: 100%; }
               .motto { display: none; }
               .answer { grid-template-columns: 1fr; min-height: 0; }
+              .answer div { padding: .5rem 0 0; }
               .answer .name { font-size: 22vw; }
               .answer .long { font-size: 10vw; }
               .cells { grid-template-columns: repeat(10, 1fr); }
@@ -2548,8 +2581,625 @@ public final class Service implements AutoCloseable {
 
     // --------------------------------------------------------------------------------------- API description
 
+    /** What GET /openapi.json answers; tests/OpenApiTest.java holds the service to it. */
     static final class OpenApi {
         static final String DOCUMENT = """
-                {"openapi":"3.1.0","info":{"title":"Threefold","version":"1"},"paths":{}}""";
+            {
+              "openapi": "3.1.0",
+              "info": {
+                "title": "Threefold",
+                "version": "1.0.0",
+                "summary": "A message board with a visit counter: many instances that behave as one",
+                "description": "Every answer names the instance that gave it (X-Instance-Id) and the request \
+            (X-Request-Id). Every GET can be asked as HEAD, and every path tells its methods to OPTIONS (204 with \
+            Allow). Another method gets 405 with Allow, an unknown path 404. The load balancer answers in the same \
+            form: 414 or 431 for too long an address or header, 429 for too many connections, 502 or 504 when no \
+            instance could answer. Every error that an instance or the load balancer answers is \
+            application/problem+json (RFC 9457); a browser that posts the form gets the page with the error instead.",
+                "license": {"name": "MIT", "identifier": "MIT"}
+              },
+              "servers": [{"url": "/"}],
+              "tags": [
+                {"name": "visits", "description": "Counted in Redis; unique and increasing over all instances"},
+                {"name": "messages", "description": "Kept in PostgreSQL; what was acknowledged is never lost"},
+                {"name": "operation", "description": "For load balancers, monitors and programs"}
+              ],
+              "paths": {
+                "/": {
+                  "get": {
+                    "tags": ["visits"],
+                    "operationId": "visit",
+                    "summary": "Count one visit; the page for a browser, JSON for anything else",
+                    "parameters": [
+                      {
+                        "name": "Accept", "in": "header", "schema": {"type": "string"},
+                        "description": "The page if it holds text/html, else JSON"
+                      },
+                      {"$ref": "#/components/parameters/Before"},
+                      {"$ref": "#/components/parameters/Limit"},
+                      {"$ref": "#/components/parameters/RequestId"}
+                    ],
+                    "responses": {
+                      "200": {
+                        "description": "Counted; or, while Redis is away, answered without being counted",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {"$ref": "#/components/schemas/Visit"},
+                            "examples": {
+                              "counted": {"value": {"instance": "web1", "visits": 123}},
+                              "redisAway": {"value": {"instance": "web1", "visits": null}}
+                            }
+                          },
+                          "text/html": {"schema": {"type": "string"}}
+                        }
+                      },
+                      "400": {"$ref": "#/components/responses/BadRequest"},
+                      "503": {"$ref": "#/components/responses/Unavailable"}
+                    }
+                  }
+                },
+                "/api/visits": {
+                  "get": {
+                    "tags": ["visits"],
+                    "operationId": "visits",
+                    "summary": "All visits and each instance's part; counts nothing",
+                    "parameters": [{"$ref": "#/components/parameters/RequestId"}],
+                    "responses": {
+                      "200": {
+                        "description": "The parts add up to the total",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {"$ref": "#/components/schemas/Visits"},
+                            "example": {"total": 123, "byInstance": {"web1": 41, "web2": 41, "web3": 41}}
+                          }
+                        }
+                      },
+                      "503": {"$ref": "#/components/responses/Unavailable"}
+                    }
+                  }
+                },
+                "/api/messages": {
+                  "get": {
+                    "tags": ["messages"],
+                    "operationId": "listMessages",
+                    "summary": "Messages, newest first, a page at a time",
+                    "parameters": [
+                      {"$ref": "#/components/parameters/Before"},
+                      {"$ref": "#/components/parameters/Limit"},
+                      {"$ref": "#/components/parameters/RequestId"}
+                    ],
+                    "responses": {
+                      "200": {
+                        "description": "A page, and where the next one is",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {"$ref": "#/components/schemas/MessagePage"},
+                            "example": {
+                              "messages": [{
+                                "id": 42, "author": "Ada", "body": "Good morning 👋", "instance": "web2",
+                                "createdAt": "2026-11-22T18:26:42.123456Z"
+                              }],
+                              "next": "/api/messages?limit=1&before=42"
+                            }
+                          }
+                        }
+                      },
+                      "400": {"$ref": "#/components/responses/BadRequest"},
+                      "503": {"$ref": "#/components/responses/Unavailable"}
+                    }
+                  },
+                  "post": {
+                    "tags": ["messages"],
+                    "operationId": "postMessage",
+                    "summary": "Store a message; answered only after it is durable",
+                    "description": "Safe to repeat, against any instance, when it carries an Idempotency-Key: after \
+            502, 503, 504 or no answer at all, send the same key with the same message again until it is answered.",
+                    "parameters": [
+                      {
+                        "name": "Idempotency-Key", "in": "header",
+                        "description": "The same key and the same message give the same stored message; with another \
+            message: 422",
+                        "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+                        "example": "7f9c24e8-3b12-4fef-91e0-5e3c5e6bd7a1"
+                      },
+                      {"$ref": "#/components/parameters/RequestId"}
+                    ],
+                    "requestBody": {
+                      "required": true,
+                      "description": "At most 16 KiB, in UTF-8",
+                      "content": {
+                        "application/json": {
+                          "schema": {"$ref": "#/components/schemas/Draft"},
+                          "example": {"author": "Ada", "body": "Good morning 👋"}
+                        },
+                        "application/x-www-form-urlencoded": {"schema": {"$ref": "#/components/schemas/Draft"}}
+                      }
+                    },
+                    "responses": {
+                      "200": {
+                        "description": "Stored before, under the same Idempotency-Key",
+                        "headers": {
+                          "Location": {"$ref": "#/components/headers/MessageLocation"},
+                          "Idempotency-Replayed": {
+                            "description": "This message was stored by an earlier request", "required": true,
+                            "schema": {"const": "true"}
+                          },
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Message"}}}
+                      },
+                      "201": {
+                        "description": "Stored",
+                        "headers": {
+                          "Location": {"$ref": "#/components/headers/MessageLocation"},
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {"$ref": "#/components/schemas/Message"},
+                            "example": {
+                              "id": 42, "author": "Ada", "body": "Good morning 👋", "instance": "web2",
+                              "createdAt": "2026-11-22T18:26:42.123456Z"
+                            }
+                          }
+                        }
+                      },
+                      "303": {
+                        "description": "Stored; it came from the form, so back to the page",
+                        "headers": {
+                          "Location": {"required": true, "schema": {"const": "/"}},
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        }
+                      },
+                      "400": {"$ref": "#/components/responses/BadRequest"},
+                      "413": {
+                        "description": "The body has more than 16 KiB",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+                      },
+                      "415": {
+                        "description": "The body is neither JSON nor a URL-encoded form, or not in UTF-8",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+                      },
+                      "422": {
+                        "description": "A field is missing, empty, too long or no string; or the Idempotency-Key was \
+            used for another message",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/problem+json": {
+                            "schema": {"$ref": "#/components/schemas/Problem"},
+                            "examples": {
+                              "field": {"value": {
+                                "type": "about:blank", "title": "Unprocessable Content", "status": 422,
+                                "detail": "author is empty", "errors": {"author": "author is empty"}
+                              }},
+                              "key": {"value": {
+                                "type": "about:blank", "title": "Unprocessable Content", "status": 422,
+                                "detail": "this Idempotency-Key was used for another message"
+                              }}
+                            }
+                          },
+                          "text/html": {"schema": {"type": "string"}}
+                        }
+                      },
+                      "503": {"$ref": "#/components/responses/Unavailable"}
+                    }
+                  }
+                },
+                "/api/messages/{id}": {
+                  "get": {
+                    "tags": ["messages"],
+                    "operationId": "oneMessage",
+                    "summary": "One message",
+                    "parameters": [
+                      {"name": "id", "in": "path", "required": true, "schema": {"$ref": "#/components/schemas/Id"}},
+                      {"$ref": "#/components/parameters/RequestId"}
+                    ],
+                    "responses": {
+                      "200": {
+                        "description": "As it was sent",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Message"}}}
+                      },
+                      "404": {"$ref": "#/components/responses/NotFound"},
+                      "503": {"$ref": "#/components/responses/Unavailable"}
+                    }
+                  }
+                },
+                "/api/events": {
+                  "get": {
+                    "tags": ["visits", "messages"],
+                    "operationId": "events",
+                    "summary": "What happens on any instance, as Server-Sent Events",
+                    "description": "Event `message`: its id is the message's, its data a Message; each comes at least \
+            once, so drop what you know by its id. Event `visit`: its data is Visits, at most four a second. A \
+            comment line every 15 s shows that the stream is alive. A stream ends when its instance does: connect \
+            again, with what you saw last.",
+                    "parameters": [
+                      {
+                        "name": "after", "in": "query", "schema": {"$ref": "#/components/schemas/Id"},
+                        "description": "The newest message you have: what was stored since comes first"
+                      },
+                      {
+                        "name": "Last-Event-ID", "in": "header", "schema": {"$ref": "#/components/schemas/Id"},
+                        "description": "The same, as browsers send it when they come back; goes before `after`"
+                      },
+                      {"$ref": "#/components/parameters/RequestId"}
+                    ],
+                    "responses": {
+                      "200": {
+                        "description": "A stream without end",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "text/event-stream": {
+                            "schema": {"type": "string"},
+                            "examples": {
+                              "message": {"value": "id:42\\nevent:message\\ndata:{\\"id\\":42,\\"author\\":\\"Ada\\",\
+            \\"body\\":\\"Good morning\\",\\"instance\\":\\"web2\\",\
+            \\"createdAt\\":\\"2026-11-22T18:26:42.123456Z\\"}\\n\\n"},
+                              "visit": {"value": "event:visit\\ndata:{\\"total\\":2,\\"byInstance\\":{\\"web1\\":1,\
+            \\"web2\\":1}}\\n\\n"}
+                            }
+                          }
+                        }
+                      },
+                      "503": {"$ref": "#/components/responses/Unavailable"}
+                    }
+                  }
+                },
+                "/healthz": {
+                  "get": {
+                    "tags": ["operation"],
+                    "operationId": "healthz",
+                    "summary": "The process serves; asks no dependency",
+                    "parameters": [{"$ref": "#/components/parameters/RequestId"}],
+                    "responses": {
+                      "200": {
+                        "description": "It serves",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {
+                              "type": "object",
+                              "required": ["status", "instance"],
+                              "properties": {
+                                "status": {"const": "ok"},
+                                "instance": {"$ref": "#/components/schemas/Instance"}
+                              }
+                            }
+                          }
+                        }
+                      }
+                    }
+                  }
+                },
+                "/readyz": {
+                  "get": {
+                    "tags": ["operation"],
+                    "operationId": "readyz",
+                    "summary": "Whether this instance can serve, and how its dependencies are",
+                    "parameters": [{"$ref": "#/components/parameters/RequestId"}],
+                    "responses": {
+                      "200": {
+                        "description": "It can serve; `degraded` means that Redis is away and visits are not counted",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {
+                              "allOf": [{"$ref": "#/components/schemas/Readiness"}],
+                              "properties": {"status": {"enum": ["ready", "degraded"]}}
+                            },
+                            "example": {
+                              "status": "ready", "instance": "web1", "dependencies": {"postgres": "up", "redis": "up"}
+                            }
+                          }
+                        }
+                      },
+                      "503": {
+                        "description": "It cannot serve messages, or it is leaving",
+                        "headers": {
+                          "Retry-After": {"$ref": "#/components/headers/RetryAfter"},
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {
+                              "allOf": [{"$ref": "#/components/schemas/Readiness"}],
+                              "properties": {"status": {"enum": ["unavailable", "draining"]}}
+                            },
+                            "example": {
+                              "status": "unavailable", "instance": "web1", "dependencies": {"postgres": "down", \
+            "redis": "up"}
+                            }
+                          }
+                        }
+                      }
+                    }
+                  }
+                },
+                "/metrics": {
+                  "get": {
+                    "tags": ["operation"],
+                    "operationId": "metrics",
+                    "summary": "For Prometheus; answered to the inner network only",
+                    "parameters": [{"$ref": "#/components/parameters/RequestId"}],
+                    "responses": {
+                      "200": {
+                        "description": "Prometheus' text format",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {"text/plain": {"schema": {"type": "string"}}}
+                      },
+                      "404": {"$ref": "#/components/responses/NotFound"}
+                    }
+                  }
+                },
+                "/openapi.json": {
+                  "get": {
+                    "tags": ["operation"],
+                    "operationId": "openapi",
+                    "summary": "This description",
+                    "parameters": [{"$ref": "#/components/parameters/RequestId"}],
+                    "responses": {
+                      "200": {
+                        "description": "OpenAPI 3.1",
+                        "headers": {
+                          "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                          "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                        },
+                        "content": {
+                          "application/json": {
+                            "schema": {
+                              "type": "object",
+                              "required": ["openapi", "info", "paths"],
+                              "properties": {"openapi": {"const": "3.1.0"}}
+                            }
+                          }
+                        }
+                      }
+                    }
+                  }
+                }
+              },
+              "components": {
+                "parameters": {
+                  "Before": {
+                    "name": "before", "in": "query", "schema": {"$ref": "#/components/schemas/Id"},
+                    "description": "Only messages older than this one"
+                  },
+                  "Limit": {
+                    "name": "limit", "in": "query", "description": "How many messages",
+                    "schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
+                  },
+                  "RequestId": {
+                    "name": "X-Request-Id", "in": "header",
+                    "description": "Your own name for the request: it comes back, and it is in the logs. Anything \
+            else is replaced",
+                    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,100}$"}
+                  }
+                },
+                "headers": {
+                  "Instance": {
+                    "description": "Who answered", "required": true, "schema": {"$ref": \
+            "#/components/schemas/Instance"}
+                  },
+                  "Request": {
+                    "description": "Yours, if you sent a sane one, else a new one", "required": true,
+                    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,100}$"}
+                  },
+                  "MessageLocation": {
+                    "description": "Where the message is", "required": true,
+                    "schema": {"type": "string", "pattern": "^/api/messages/[1-9][0-9]*$"}
+                  },
+                  "RetryAfter": {
+                    "description": "Seconds to wait before the next try", "required": true,
+                    "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"}
+                  },
+                  "Allow": {
+                    "description": "The methods of this path", "required": true,
+                    "schema": {"type": "string", "pattern": "^[A-Z]+(, [A-Z]+)*$"}, "example": "GET, HEAD, OPTIONS"
+                  }
+                },
+                "responses": {
+                  "BadRequest": {
+                    "description": "Malformed: a parameter out of range, bad JSON, bad UTF-8, a NUL, half a surrogate \
+            pair",
+                    "headers": {
+                      "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                      "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                    },
+                    "content": {
+                      "application/problem+json": {
+                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "example": {
+                          "type": "about:blank", "title": "Bad Request", "status": 400,
+                          "detail": "limit has to be a whole number from 1 to 100"
+                        }
+                      },
+                      "text/html": {"schema": {"type": "string"}}
+                    }
+                  },
+                  "NotFound": {
+                    "description": "There is nothing here",
+                    "headers": {
+                      "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                      "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                    },
+                    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+                  },
+                  "MethodNotAllowed": {
+                    "description": "Any path, asked with a method that is not in this description",
+                    "headers": {
+                      "Allow": {"$ref": "#/components/headers/Allow"},
+                      "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                      "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                    },
+                    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+                  },
+                  "Unavailable": {
+                    "description": "PostgreSQL or Redis is away, or too many requests are waiting; said within 2 s",
+                    "headers": {
+                      "Retry-After": {"$ref": "#/components/headers/RetryAfter"},
+                      "X-Instance-Id": {"$ref": "#/components/headers/Instance"},
+                      "X-Request-Id": {"$ref": "#/components/headers/Request"}
+                    },
+                    "content": {
+                      "application/problem+json": {
+                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "example": {
+                          "type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "PostgreSQL \
+            is away"
+                        }
+                      },
+                      "text/html": {"schema": {"type": "string"}}
+                    }
+                  }
+                },
+                "schemas": {
+                  "Id": {"type": "integer", "format": "int64", "minimum": 1, "maximum": 999999999999999999},
+                  "Instance": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$", "examples": ["web1"]},
+                  "Visit": {
+                    "type": "object",
+                    "required": ["instance", "visits"],
+                    "additionalProperties": false,
+                    "properties": {
+                      "instance": {"$ref": "#/components/schemas/Instance"},
+                      "visits": {
+                        "type": ["integer", "null"], "format": "int64", "minimum": 1,
+                        "description": "The number of this visit, given to no other; null while Redis is away"
+                      }
+                    }
+                  },
+                  "Visits": {
+                    "type": "object",
+                    "required": ["total", "byInstance"],
+                    "additionalProperties": false,
+                    "properties": {
+                      "total": {"type": "integer", "format": "int64", "minimum": 0},
+                      "byInstance": {
+                        "type": "object",
+                        "propertyNames": {"$ref": "#/components/schemas/Instance"},
+                        "additionalProperties": {"type": "integer", "format": "int64", "minimum": 0}
+                      }
+                    }
+                  },
+                  "Draft": {
+                    "type": "object",
+                    "description": "Lengths are in Unicode code points; outer white space does not count, but is \
+            kept. Other fields are ignored, a field given twice is an error",
+                    "required": ["author", "body"],
+                    "properties": {
+                      "author": {"type": "string", "minLength": 1, "maxLength": 80},
+                      "body": {"type": "string", "minLength": 1, "maxLength": 2000}
+                    }
+                  },
+                  "Message": {
+                    "type": "object",
+                    "required": ["id", "author", "body", "instance", "createdAt"],
+                    "additionalProperties": false,
+                    "properties": {
+                      "id": {"$ref": "#/components/schemas/Id"},
+                      "author": {"type": "string", "minLength": 1},
+                      "body": {"type": "string", "minLength": 1},
+                      "instance": {"$ref": "#/components/schemas/Instance", "description": "Who stored it"},
+                      "createdAt": {"type": "string", "format": "date-time"}
+                    }
+                  },
+                  "MessagePage": {
+                    "type": "object",
+                    "required": ["messages", "next"],
+                    "additionalProperties": false,
+                    "properties": {
+                      "messages": {
+                        "type": "array", "maxItems": 100, "items": {"$ref": "#/components/schemas/Message"},
+                        "description": "By falling id"
+                      },
+                      "next": {
+                        "type": ["string", "null"], "format": "uri-reference",
+                        "pattern": "^/api/messages[?]limit=[0-9]+&before=[0-9]+$",
+                        "description": "Where older messages are; null when there are none"
+                      }
+                    }
+                  },
+                  "Readiness": {
+                    "type": "object",
+                    "required": ["status", "instance", "dependencies"],
+                    "properties": {
+                      "status": {"enum": ["ready", "degraded", "unavailable", "draining"]},
+                      "instance": {"$ref": "#/components/schemas/Instance"},
+                      "dependencies": {
+                        "type": "object",
+                        "required": ["postgres", "redis"],
+                        "additionalProperties": false,
+                        "properties": {
+                          "postgres": {"enum": ["up", "down", "unknown"]},
+                          "redis": {"enum": ["up", "down", "unknown"]}
+                        }
+                      }
+                    }
+                  },
+                  "Problem": {
+                    "type": "object",
+                    "description": "RFC 9457",
+                    "required": ["type", "title", "status", "detail"],
+                    "additionalProperties": false,
+                    "properties": {
+                      "type": {"const": "about:blank"},
+                      "title": {"type": "string", "minLength": 1},
+                      "status": {"type": "integer", "minimum": 400, "maximum": 599},
+                      "detail": {"type": "string", "minLength": 1},
+                      "errors": {
+                        "type": "object",
+                        "description": "By the field that is wrong",
+                        "minProperties": 1,
+                        "propertyNames": {"enum": ["author", "body"]},
+                        "additionalProperties": {"type": "string", "minLength": 1}
+                      }
+                    }
+                  }
+                }
+              }
+            }
+            """;
     }
 }
