@@ -721,8 +721,13 @@ public final class Service implements AutoCloseable {
          *
          * @throws Problem 503, if PostgreSQL can't be reached or can't do it
          */
-        synchronized <T> T run(Work<T> work) {
+        <T> T run(Work<T> work) {
             if (!health.mayTry()) throw Problem.unavailable("PostgreSQL is away");
+            return attempt(work);
+        }
+
+        /** The same also when PostgreSQL is known to be down: how its watcher finds out that it is back. */
+        synchronized <T> T attempt(Work<T> work) {
             for (boolean fresh = connection == null; ; fresh = true) {
                 try {
                     return work.with(connection());
@@ -794,13 +799,20 @@ public final class Service implements AutoCloseable {
                     AS message
                 ORDER BY asked.n, message.id DESC""".formatted(MICROS);
 
-        private final Database forWrites, forReads;
+        private final Database forWrites, forReads, forPings;
         private final String instance;
 
         Messages(Config config, Dependency health) {
             this.instance = config.instance();
             this.forWrites = new Database(config, health);
             this.forReads = new Database(config, health);
+            this.forPings = new Database(config, health);
+        }
+
+        void ping() {
+            forPings.attempt(connection -> {
+                try (var statement = connection.createStatement()) { return statement.execute("SELECT FROM messages LIMIT 1"); }
+            });
         }
 
         /** Stores what is new; finds what was stored before under the same key. Durable when it returns. */
@@ -894,6 +906,7 @@ public final class Service implements AutoCloseable {
         void close() {
             forWrites.close();
             forReads.close();
+            forPings.close();
         }
     }
 
@@ -1659,8 +1672,7 @@ public final class Service implements AutoCloseable {
             throw new Config.Invalid("PORT=\"%d\" cannot be used: it needs a port that is free and allowed (%s)"
                     .formatted(config.port(), Log.reason(e)));
         }
-        Database probe = new Database(config, new Dependency("probe"));
-        postgres.watch(() -> probe.run(connection -> connection.createStatement().execute("SELECT 1")));
+        postgres.watch(messages::ping);
         redis.watch(counters::ping);
         events.start();
         Log.info("listening", "address", "http://localhost:" + port());
