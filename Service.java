@@ -48,6 +48,7 @@ import io.undertow.server.handlers.sse.ServerSentEventHandler;
 import io.undertow.util.AttachmentKey;
 import io.undertow.util.Headers;
 import io.undertow.util.HttpString;
+import io.undertow.util.Methods;
 import io.undertow.util.PathTemplateMatch;
 import io.undertow.util.SameThreadExecutor;
 import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
@@ -286,6 +287,11 @@ public final class Service implements AutoCloseable {
     // ---------------------------------------------------------------------------------------------- Handlers
 
     private void visit(HttpServerExchange x) {
+        x.getResponseHeaders().put(Headers.VARY, "Accept");
+        if (x.getRequestMethod().equals(Methods.HEAD)) { // a monitor's question, not a visit
+            sendJson(x, 200, Json.object("instance", config.instance(), "visits", null));
+            return;
+        }
         events.visitsChanged();
         if (wantsHtml(x)) {
             PageQuery query = pageQuery(x);
@@ -450,7 +456,8 @@ public final class Service implements AutoCloseable {
         /** From the page's form, URL-encoded. */
         static Draft fromForm(byte[] bytes) {
             Map<String, String> fields = formFields(bytes);
-            return new Draft(fields.get("author"), fields.get("body"));
+            String body = fields.get("body"); // a form's line ends are CR LF, whatever was typed (HTML, 4.10.21.4)
+            return new Draft(fields.get("author"), body == null ? null : body.replace("\r\n", "\n"));
         }
 
         static Map<String, String> formFields(byte[] bytes) {
@@ -2197,7 +2204,7 @@ public final class Service implements AutoCloseable {
             .author { font-weight: 700; }
             .author, .body { overflow-wrap: anywhere; }
             .stored { color: var(--soft); font-size: .9rem; }
-            .body { white-space: pre-wrap; }
+            .body { max-height: 22rem; overflow-y: auto; white-space: pre-wrap; }
             .messages .new { animation: arrive 2s; }
             @keyframes arrive { from { background: light-dark(#fff0b8, #4a4326); } }
             footer { margin-top: 1.5rem; }
@@ -2286,9 +2293,12 @@ public final class Service implements AutoCloseable {
             const localTime = time =>
               new Date(time).toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'medium' });
 
-            function showOlderLink() {
+            /** The link goes on from the oldest; a text so long that it scrolls can be scrolled by keyboard. */
+            function tidy() {
               $('older').hidden = !olderExist;
               $('older').href = '/?before=' + oldest();
+              for (const body of list.querySelectorAll('.body:not([tabindex])'))
+                if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
             }
 
             function messageItem(message) {
@@ -2318,7 +2328,7 @@ public final class Service implements AutoCloseable {
                 list.lastElementChild.remove();
                 olderExist = true;
               }
-              showOlderLink();
+              tidy();
             }
 
             // Hundreds may come in a second: they are gathered, shown together, and told of now and then.
@@ -2352,7 +2362,7 @@ public final class Service implements AutoCloseable {
                 page.messages.forEach(message => insert(message, true));
                 olderExist = page.next !== null;
                 mostShown += page.messages.length;
-                showOlderLink();
+                tidy();
               } catch {
                 say($('news'), 'Older messages could not be read: try again');
               }
@@ -2571,6 +2581,7 @@ public final class Service implements AutoCloseable {
               showError(field, error || $(field + '-error').textContent);
               $(field).addEventListener('input', () => showLength(field));
             }
+            tidy();
             clearCells();
             $('try').hidden = false;
             $('write').noValidate = true; // errors beside the fields instead of the browser's bubbles

@@ -1,0 +1,539 @@
+// Opens the page in Chromium and uses it as people do. ./run starts it beside the stack; by hand, against any
+// address, but then without the cases that kill something:
+//
+//   npm ci && BASE_URL=http://localhost:9999 node page.mjs [WORDS OF A CASE'S NAME]
+//
+// Cases that need something killed or started write "@host kill web2" and wait for a line "ok": ./run answers.
+// What the cases store stays: it is signed "browser test".
+
+import assert from 'node:assert/strict';
+import { mkdirSync, readFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { createInterface } from 'node:readline';
+import { chromium } from 'playwright-core';
+
+const BASE = process.env.BASE_URL ?? 'http://localhost:9999';
+const OUT = process.env.OUT_DIR ?? new URL('out', import.meta.url).pathname;
+const WITH_HOST = process.env.WITH_HOST === 'yes';
+const ONLY = process.argv[2] ?? process.env.CASE ?? '';
+const AXE = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
+const RUN = Date.now().toString(36);
+const DESKTOP = { viewport: { width: 1366, height: 900 } };
+const PHONE = { viewport: { width: 390, height: 844 } };
+const WITHOUT_SCRIPT = { javaScriptEnabled: false };
+const DARK = { colorScheme: 'dark' };
+
+mkdirSync(OUT, { recursive: true });
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+    '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage']
+});
+
+// ---- cases: a name, and what has to hold
+
+const cases = [];
+const test = (name, body) => cases.push({ name, body });
+const hostTest = (name, body) => cases.push({ name, body, needsHost: true });
+
+let current, faults = []; // what the browser complained of, over all cases
+let open = [];            // pages of the current case
+
+async function visit(options = {}, path = '/') {
+  const context = await browser.newContext({ ...DESKTOP, locale: 'en-GB', ...options });
+  context.setDefaultTimeout(15_000);
+  const page = await context.newPage();
+  open.push(page);
+  page.streams = []; // who served the stream of events, one after the other
+  page.on('response', response => {
+    if (response.url().includes('/api/events')) page.streams.push(response.headers()['x-instance-id']);
+  });
+  page.on('console', message => message.type() === 'error' && complain(message.text()));
+  page.on('pageerror', error => complain(String(error)));
+  page.on('dialog', dialog => complain('a dialog: ' + dialog.message()) || dialog.dismiss());
+  page.answer = await page.goto(BASE + path);
+  if (options.javaScriptEnabled !== false) await says(page, '#link', 'live');
+  return page;
+}
+
+/** What the network does is no fault of the page, in cases that break it on purpose. */
+function complain(text) {
+  if (!(current.mayFail && text.startsWith('Failed to load resource'))) faults.push(current.name + ': ' + text);
+}
+
+async function until(what, condition, millis = 20_000) {
+  const end = Date.now() + millis;
+  for (let last; ; await new Promise(done => setTimeout(done, 100))) {
+    try {
+      if (await condition()) return;
+    } catch (error) {
+      last = error;
+    }
+    if (Date.now() > end) throw new Error(`expected within ${millis / 1000} s: ${what}` + (last ? ` (${last.message})` : ''));
+  }
+}
+
+async function says(page, selector, words) {
+  let seen;
+  await until(`${selector} says "${words}"`, async () => (seen = await page.textContent(selector)).includes(words))
+    .catch(error => { throw new Error(`${error.message}, saw "${seen}"`); });
+}
+
+async function getJson(path, options) {
+  const response = await fetch(BASE + path, { ...options, headers: { Accept: 'application/json', ...options?.headers } });
+  assert.ok(response.ok, `${path}: ${response.status} ${await response.clone().text()}`);
+  return response.json();
+}
+
+/** Stores a message past the page; repeated until it is answered, as any client would. */
+async function store(body, author = 'browser test') {
+  const key = `${RUN}-${Math.random()}`;
+  for (let tries = 1; ; tries++) {
+    try {
+      return await getJson('/api/messages', { method: 'POST', body: JSON.stringify({ author, body }),
+        headers: { 'Content-Type': 'application/json', 'Idempotency-Key': key } });
+    } catch (error) {
+      if (tries === 20) throw error;
+      await new Promise(done => setTimeout(done, 250));
+    }
+  }
+}
+
+const fill = async (page, author, body) => {
+  await page.fill('#author', author);
+  await page.fill('#body', body);
+};
+const message = (page, text) => page.locator('#messages > li').filter({ hasText: text });
+const shown = page => page.$$eval('#messages > li', items => items.map(item => +item.dataset.id));
+
+async function isShownOnce(page, text) {
+  await message(page, text).first().waitFor();
+  assert.equal(await message(page, text).count(), 1, `"${text}" is shown once`);
+}
+
+/** All that is stored is shown, newest first, each once. */
+async function hasNoGap(page) {
+  let ids, stored;
+  await until('the page shows what is stored', async () => {
+    ids = await shown(page);
+    stored = (await getJson('/api/messages?limit=100')).messages.map(one => one.id);
+    assert.deepEqual(ids.slice(0, 100), stored.slice(0, ids.length));
+    return ids.length >= Math.min(20, stored.length);
+  });
+}
+
+/** Nothing is wider than the window, and no message reaches out of the list. */
+async function isWhole(page) {
+  const [content, window] = await page.evaluate(() =>
+    [document.documentElement.scrollWidth, document.documentElement.clientWidth]);
+  assert.ok(content <= window, `the page is ${content} wide in a window of ${window}`);
+}
+
+async function host(command) {
+  console.log('@host ' + command);
+  const { value } = await answers.next();
+  assert.equal(value, 'ok', 'host: ' + command);
+}
+const answers = WITH_HOST ? createInterface({ input: process.stdin })[Symbol.asyncIterator]() : null;
+
+// ---- what is shown
+
+test('says who answered, in that instance\'s own colour, from Java and from the script alike', async () => {
+  const page = await visit();
+  const instance = page.answer.headers()['x-instance-id'];
+  assert.equal(await page.textContent('#instance'), instance);
+  const stored = await store(`colour ${RUN}`);
+  await isShownOnce(page, `colour ${RUN}`);
+  const byScript = await message(page, `colour ${RUN}`).locator('.name').getAttribute('class');
+  const plain = await visit(WITHOUT_SCRIPT);
+  const byJava = await message(plain, `colour ${RUN}`).locator('.name').getAttribute('class');
+  assert.equal(byScript, byJava, `class of ${stored.instance}`);
+});
+
+test('asks again without a reload, and counts the visit', async () => {
+  const page = await visit();
+  const before = await page.textContent('#visit');
+  await page.click('#again');
+  await until('another visit number', async () => await page.textContent('#visit') !== before);
+  assert.ok(await page.textContent('#instance'));
+});
+
+test('a message sent in one window is seen in the other, once and without a reload', async () => {
+  const [writer, reader] = [await visit(), await visit()];
+  await fill(writer, 'browser test', `from one to the other ${RUN} 👋🏽`);
+  await writer.click('#send');
+  await says(writer, '#sent', 'Stored by ');
+  await isShownOnce(reader, `from one to the other ${RUN} 👋🏽`);
+  await isShownOnce(writer, `from one to the other ${RUN} 👋🏽`);
+  assert.equal(await writer.inputValue('#body'), '', 'the form is ready for the next');
+  assert.equal(await writer.inputValue('#author'), 'browser test', 'by the same author');
+});
+
+test('visits of others move the total and the bars', async () => {
+  const page = await visit();
+  const total = async () => Number((await page.textContent('#total')).replaceAll(',', ''));
+  const before = await total();
+  for (let i = 0; i < 9; i++) await getJson('/');
+  await until('nine more visits', async () => await total() >= before + 9);
+  const parts = await page.$$eval('#shares .count', counts => counts.map(one => +one.textContent.replaceAll(',', '')));
+  assert.equal(parts.reduce((sum, one) => sum + one, 0), await total(), 'the parts add up to the total');
+});
+
+test('90 requests are drawn as they are answered, by at least three instances', async () => {
+  const page = await visit();
+  await page.click('#send90');
+  await says(page, '#summary', 'All 90 answered');
+  const cells = await page.$$eval('#cells > i', all => all.map(one => one.className));
+  assert.equal(cells.filter(one => /^own hue[0-9]+$/.test(one)).length, 90, 'coloured cells');
+  assert.ok(new Set(cells).size >= 3, `colours: ${[...new Set(cells)]}`);
+  const counts = await page.$$eval('#answers .count', all => all.map(one => +one.textContent));
+  assert.equal(counts.reduce((sum, one) => sum + one, 0), 90, `counts: ${counts}`);
+  assert.equal(await page.getAttribute('#cells', 'aria-label'), await page.textContent('#summary'), 'told in words');
+});
+
+test('older messages come on demand, in order, each once', async () => {
+  for (let i = 0; i < 25; i++) await store(`older ${RUN} ${i}`);
+  for (const options of [{}, WITHOUT_SCRIPT]) {
+    const page = await visit(options);
+    const before = await shown(page);
+    assert.ok(before.length >= 20, `${before.length} are shown at first`);
+    await page.click('#older');
+    const isNext = async ids => ids.length > 0 && ids[0] < before.at(-1);
+    if (options.javaScriptEnabled === false) await until('older ones', async () => isNext(await shown(page)));
+    else await until('more', async () => (await shown(page)).length > before.length);
+    const ids = await shown(page);
+    assert.deepEqual(ids, [...new Set(ids)].sort((a, b) => b - a), 'newest first, each once');
+  }
+});
+
+// ---- what people write
+
+const HOSTILE = [
+  '<script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>',
+  '</p></li></ol></textarea></template></script><style>*{display:none}</style><!--',
+  '&lt;b&gt; &amp;amp; "\' ${7*7} {{7*7}} %s %n \\u003cb\\u003e `',
+  '\u202Eright to left override \u2067isolate \u202Dand never closed',
+  'مرحبا بالعالم, mixed with English (and brackets)',
+  'Z\u0311\u0310\u0343\u034B\u0367'.repeat(40),
+  'unbroken'.repeat(250),
+  '👩‍👩‍👧‍👦'.repeat(50),
+  '😀'.repeat(2000),
+  'a\n\n\n\nb\r\nc\td   e'
+];
+
+test('hostile text is shown as text, and breaks nothing', async () => {
+  const live = await visit();
+  const stored = [];
+  for (const text of HOSTILE) stored.push(await store(text, [...text].slice(0, 40).join('')));
+  const marker = await store(`after the hostile ${RUN}`);
+  await isShownOnce(live, `after the hostile ${RUN}`);
+  for (const page of [live, await visit(), await visit(PHONE), await visit({ ...WITHOUT_SCRIPT, ...PHONE })]) {
+    for (const { id, author, body } of stored) {
+      const item = page.locator(`#messages > li[data-id="${id}"]`);
+      // A parser makes one kind of line end of all.
+      assert.equal((await item.locator('.body').textContent()).replaceAll('\r\n', '\n'), body.replaceAll('\r\n', '\n'));
+      assert.equal(await item.locator('.author').textContent(), author);
+      assert.equal(await item.locator('*').count(), 6, 'elements of a message');
+    }
+    await isWhole(page);
+    const [list, widest] = await page.$eval('#messages', one =>
+      [one.clientWidth, Math.max(...[...one.children].map(item => item.scrollWidth))]);
+    assert.ok(widest <= list, `a message is ${widest} wide in a list of ${list}`);
+  }
+  assert.ok(marker.id > stored.at(-1).id);
+  await live.screenshot({ path: `${OUT}/hostile.png`, fullPage: true });
+});
+
+test('a right-to-left override turns nothing around but its own text', async () => {
+  await store('\u202Ebody', '\u202E\u2066author');
+  for (const page of [await visit(), await visit(WITHOUT_SCRIPT)]) {
+    const [first, last] = await page.locator('#messages > li').first().locator('.stored').evaluate(stored => {
+      const place = (from, to) => {
+        const range = document.createRange();
+        range.setStart(stored.firstChild, from);
+        range.setEnd(stored.firstChild, to);
+        return range.getBoundingClientRect().left;
+      };
+      return [place(0, 1), place(5, 6)];
+    });
+    assert.ok(first < last, `"stored by" runs from ${first} to ${last}`);
+  }
+});
+
+test('a refused form says why beside the field and keeps the text', async () => {
+  current.mayFail = true; // Chromium logs each 422
+  const page = await visit();
+  await fill(page, 'x'.repeat(81), `kept ${RUN}`);
+  await says(page, '#author-error', 'Too long by 1');
+  await page.click('#send');
+  await says(page, '#author-error', 'author has 81 characters, 80 are allowed');
+  assert.equal(await page.getAttribute('#author', 'aria-invalid'), 'true');
+  assert.ok((await page.getAttribute('#author', 'aria-describedby')).split(' ').includes('author-error'));
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'author', 'focus');
+  assert.equal(await page.inputValue('#body'), `kept ${RUN}`);
+  await fill(page, 'browser test', `kept ${RUN}`);
+  assert.equal(await page.getAttribute('#author', 'aria-invalid'), null);
+  await page.click('#send');
+  await isShownOnce(page, `kept ${RUN}`);
+});
+
+test('a refused form keeps the text without JavaScript too', async () => {
+  current.mayFail = true;
+  const page = await visit(WITHOUT_SCRIPT);
+  await fill(page, 'x'.repeat(81), `kept "${RUN}" <b>\n</textarea>`);
+  await page.click('#send');
+  await says(page, '#author-error', 'author has 81 characters, 80 are allowed');
+  assert.equal(await page.inputValue('#body'), `kept "${RUN}" <b>\n</textarea>`);
+  assert.equal(await page.inputValue('#author'), 'x'.repeat(81));
+  assert.equal(await page.getAttribute('#author', 'aria-invalid'), 'true');
+  assert.match(await page.title(), /Not stored/);
+});
+
+test('counts as the service does: Unicode code points', async () => {
+  const page = await visit();
+  await page.fill('#body', ' 👋🏽e\u0301 '); // a hand and its colour, e and its accent
+  await says(page, '#body-limit', '4 of 2,000 characters');
+  await page.fill('#body', '😀'.repeat(2000));
+  await says(page, '#body-limit', '2,000 of 2,000 characters');
+  assert.equal(await page.getAttribute('#body', 'aria-invalid'), null);
+});
+
+// ---- who uses it otherwise
+
+test('works without JavaScript: reads, writes, says who answered, draws the bars', async () => {
+  const page = await visit(WITHOUT_SCRIPT);
+  assert.equal(await page.textContent('#instance'), page.answer.headers()['x-instance-id']);
+  await fill(page, 'browser test', `no script ${RUN}`);
+  await page.click('#send');
+  await isShownOnce(page, `no script ${RUN}`);
+  assert.equal(new URL(page.url()).pathname, '/');
+  assert.ok(await page.locator('#shares rect').evaluateAll(bars => bars.every(bar => bar.getBoundingClientRect().width > 1)));
+  assert.equal(await page.locator('#try').isVisible(), false, 'no button that does nothing');
+  await page.screenshot({ path: `${OUT}/no-javascript.png`, fullPage: true });
+});
+
+test('works with the keyboard alone, and shows where it is', async () => {
+  const page = await visit();
+  await page.keyboard.press('Tab');
+  await page.keyboard.press('Enter'); // past everything, to the messages
+  await page.keyboard.press('Tab');
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'author', 'after the skip link');
+  await page.keyboard.type('browser test');
+  await page.keyboard.press('Tab');
+  await page.keyboard.type(`by keyboard ${RUN}`);
+  await page.keyboard.press('Tab');
+  assert.equal(await page.evaluate(() => getComputedStyle(document.activeElement).outlineStyle), 'solid', 'focus is seen');
+  await page.keyboard.press('Enter');
+  await isShownOnce(page, `by keyboard ${RUN}`);
+  await page.keyboard.press('Shift+Tab');
+  await page.keyboard.press('Shift+Tab');
+  await page.keyboard.press('Shift+Tab');
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'send90', 'the button before the form');
+  await page.keyboard.press('Space');
+  await says(page, '#summary', 'All 90 answered');
+});
+
+test('stands still for those who ask for less motion', async () => {
+  const page = await visit({ reducedMotion: 'reduce' });
+  await store(`still ${RUN}`);
+  await isShownOnce(page, `still ${RUN}`);
+  const moving = await page.evaluate(() => [...document.querySelectorAll('*')].filter(one => {
+    const style = getComputedStyle(one);
+    return style.animationName !== 'none' || style.transitionProperty !== 'none' && style.transitionDuration !== '0s';
+  }).length);
+  assert.equal(moving, 0, 'elements that move');
+});
+
+test('axe finds no serious fault, in light and dark, wide and narrow, with errors and without', async () => {
+  current.mayFail = true;
+  for (const [name, options] of Object.entries({
+    light: {}, dark: DARK, phone: PHONE, 'phone-dark': { ...PHONE, ...DARK }
+  })) {
+    const page = await visit(options);
+    await judge(page, name);
+    await page.click('#send90');
+    await says(page, '#summary', 'All 90 answered');
+    await page.waitForTimeout(500); // the bars come to rest
+    await page.screenshot({ path: `${OUT}/${name}.png`, fullPage: true });
+    await fill(page, '', '');
+    await page.click('#send');
+    await says(page, '#body-error', 'empty');
+    await judge(page, name + ', refused');
+  }
+});
+
+test('twenty instances have twenty colours, readable in light and dark', async () => {
+  for (const options of [{}, DARK, { ...PHONE, ...DARK }]) {
+    const page = await visit(options);
+    const colours = await page.evaluate(() => {
+      stream.close(); // what is shown from here on is made up
+      const byInstance = Object.fromEntries(Array.from({ length: 20 }, (_, i) => ['web' + (i + 1), 1000 + i]));
+      showVisits({ total: 20190, byInstance });
+      clearCells();
+      Object.keys(byInstance).forEach((name, i) => drawCell(document.getElementById('cells').children[i], name));
+      showAnswer({ instance: 'a-long.host-name_of-64-letters-and-digits.0123456789abcdef01234567', visits: 123456789 });
+      return [...document.querySelectorAll('#shares .bar rect')].map(bar => getComputedStyle(bar).fill);
+    });
+    assert.equal(new Set(colours).size, 20, `different colours of ${colours}`);
+    await judge(page, 'twenty');
+    await isWhole(page);
+    await page.screenshot({ path: `${OUT}/twenty${options.viewport ? '-phone' : ''}${options.colorScheme ? '-dark' : ''}.png` });
+  }
+});
+
+async function judge(page, name) {
+  await page.evaluate(AXE);
+  const { violations } = await page.evaluate(() => axe.run(document, { resultTypes: ['violations'] }));
+  const grave = violations.filter(one => ['serious', 'critical'].includes(one.impact));
+  assert.deepEqual(grave.map(one => `${one.id}: ${one.nodes.map(node => node.html + ' ' + node.failureSummary).slice(0, 3).join('; ')}`),
+    [], `axe on ${name}`);
+}
+
+// ---- when something fails
+
+test('an answer that got lost is asked for again with the same key: stored once', async () => {
+  current.mayFail = true;
+  const page = await visit();
+  const keys = [];
+  await page.route('**/api/messages', async route => {
+    if (route.request().method() !== 'POST') return route.continue();
+    keys.push(route.request().headers()['idempotency-key']);
+    if (keys.length === 1) return route.abort('connectionreset');
+    const answer = await route.fetch();
+    if (keys.length === 2) return route.abort('connectionreset'); // stored, but nobody was told
+    if (keys.length === 3) return route.fulfill({ status: 503, body: '{}' });
+    return route.fulfill({ response: answer });
+  });
+  await fill(page, 'browser test', `lost answers ${RUN}`);
+  await page.click('#send');
+  await says(page, '#form-trouble', 'trying again');
+  assert.equal(await page.inputValue('#body'), `lost answers ${RUN}`, 'the text is kept meanwhile');
+  await says(page, '#sent', 'Stored by');
+  assert.equal(keys.length, 4);
+  assert.equal(new Set(keys).size, 1, `one key: ${keys}`);
+  await page.reload();
+  await isShownOnce(page, `lost answers ${RUN}`);
+});
+
+test('trying can be stopped and taken up again, under the same key', async () => {
+  current.mayFail = true;
+  const page = await visit();
+  const keys = [];
+  let broken = true;
+  await page.route('**/api/messages', route => {
+    if (route.request().method() !== 'POST') return route.continue();
+    keys.push(route.request().headers()['idempotency-key']);
+    return broken ? route.abort('connectionreset') : route.continue();
+  });
+  await fill(page, 'browser test', `stopped ${RUN}`);
+  await page.click('#send');
+  await page.click('#stop');
+  await says(page, '#form-trouble', 'Send it again unchanged');
+  assert.equal(await page.inputValue('#body'), `stopped ${RUN}`);
+  broken = false;
+  await page.click('#send');
+  await isShownOnce(page, `stopped ${RUN}`);
+  assert.equal(new Set(keys).size, 1, `one key: ${keys}`);
+});
+
+hostTest('the instance that serves the stream is killed: the page comes back and has no gap', async () => {
+  current.mayFail = true;
+  const page = await visit();
+  const killed = page.streams.at(-1);
+  try {
+    for (let i = 0; i < 30; i++) {
+      if (i === 10) await host('kill ' + killed);
+      await store(`while ${killed} is away ${RUN} ${i}`);
+    }
+    await until('another instance serves the stream', () => page.streams.at(-1) !== killed && page.streams.length > 1);
+    await says(page, '#link', 'live');
+    await isShownOnce(page, `while ${killed} is away ${RUN} 29`);
+    await hasNoGap(page);
+    assert.equal(await message(page, `while ${killed} is away ${RUN} `).count(), 30);
+  } finally {
+    await host('start ' + killed);
+  }
+});
+
+hostTest('PostgreSQL away is said in words; what was typed waits and is stored once it is back', async () => {
+  current.mayFail = true;
+  const [page, plain] = [await visit(), await visit(WITHOUT_SCRIPT)];
+  try {
+    await host('kill postgres');
+    await says(page, '#trouble', 'PostgreSQL is away: messages can be neither read nor stored');
+    await fill(page, 'browser test', `waited for PostgreSQL ${RUN}`);
+    await page.click('#send');
+    await says(page, '#form-trouble', 'trying again');
+    await page.screenshot({ path: `${OUT}/away.png` });
+    await fill(plain, 'browser test', `kept for PostgreSQL ${RUN}`);
+    await plain.click('#send');
+    await says(plain, '#form-trouble', 'Not stored: PostgreSQL is away');
+    await says(plain, '#trouble', 'PostgreSQL is away');
+    assert.equal(await plain.inputValue('#body'), `kept for PostgreSQL ${RUN}`);
+  } finally {
+    await host('start postgres');
+  }
+  await says(page, '#sent', 'Stored by');
+  await until('the notice goes', async () => await page.textContent('#trouble') === '');
+  await isShownOnce(page, `waited for PostgreSQL ${RUN}`);
+  await hasNoGap(page);
+});
+
+hostTest('Redis away is said in words; messages go on, and viewers catch up when it is back', async () => {
+  current.mayFail = true;
+  const [writer, reader] = [await visit(), await visit()];
+  try {
+    await host('kill redis');
+    await says(reader, '#trouble', 'Redis is away: visits are not counted');
+    await fill(writer, 'browser test', `without Redis ${RUN}`);
+    await writer.click('#send');
+    await says(writer, '#sent', 'Stored by');
+    const fresh = await visit();
+    assert.equal(await fresh.textContent('#visit'), 'Not counted as a visit');
+    await says(fresh, '#trouble', 'Redis is away');
+  } finally {
+    await host('start redis');
+  }
+  await until('the notice goes', async () => await reader.textContent('#trouble') === '');
+  await isShownOnce(reader, `without Redis ${RUN}`);
+  await hasNoGap(reader);
+});
+
+test('no error on the console, no breach of the content security policy, in all of it', async () => {
+  assert.deepEqual(faults, []);
+  const policy = (await fetch(BASE + '/', { headers: { Accept: 'text/html' } })).headers.get('content-security-policy');
+  for (const rule of ["default-src 'none'", "connect-src 'self'", "form-action 'self'", "frame-ancestors 'none'"])
+    assert.ok(policy.includes(rule), `${rule} in ${policy}`);
+  assert.ok(!policy.includes('unsafe'), policy);
+});
+
+// ---- run
+
+const tooLong = seconds => new Promise((_, fail) =>
+  setTimeout(() => fail(new Error(`expected an end within ${seconds} s`)), seconds * 1000).unref());
+
+let passed = 0, failed = 0, skipped = 0;
+for (current of cases.filter(one => one.name.toLowerCase().includes(ONLY.toLowerCase()))) {
+  if (current.needsHost && !WITH_HOST) {
+    console.log(`  skip  ${current.name} (needs tests/browser/run)`);
+    skipped++;
+    continue;
+  }
+  const began = Date.now();
+  try {
+    await Promise.race([current.body(), tooLong(180)]);
+    passed++;
+    console.log(`  ok    ${current.name} (${Date.now() - began} ms)`);
+  } catch (error) {
+    failed++;
+    console.log(`  FAIL  ${current.name}\n${String(error.stack).slice(0, 2500).replace(/^/gm, '        ')}`);
+    for (const [i, page] of open.entries())
+      await page.screenshot({ path: `${OUT}/failed-${failed}-${i}.png`, fullPage: true }).catch(() => {});
+  }
+  for (const page of open) await page.context().close();
+  open = [];
+}
+await browser.close();
+console.log(`screenshots are in ${process.env.OUT_SHOWN ?? OUT}`);
+console.log(`${passed} passed, ${failed} failed` + (skipped ? `, ${skipped} skipped` : ''));
+process.exit(failed === 0 && passed > 0 ? 0 : 1);
