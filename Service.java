@@ -195,7 +195,7 @@ public final class Service implements AutoCloseable {
 
         /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
         static final class Invalid extends Exception {
-            Invalid(String message) { super(message); }
+            Invalid(String message) { super(message.replaceAll("\\p{Cntrl}", "?")); } // one line, whatever the value
         }
 
         /** A password that no log line can print by accident. */
@@ -348,7 +348,8 @@ public final class Service implements AutoCloseable {
     }
 
     private void events(HttpServerExchange x) throws Exception {
-        events.join(x);
+        if (x.getRequestMethod().equals(Methods.HEAD)) send(x, 200, "text/event-stream; charset=UTF-8", new byte[0]);
+        else events.join(x);
     }
 
     private void healthz(HttpServerExchange x) {
@@ -456,13 +457,12 @@ public final class Service implements AutoCloseable {
         /** From the page's form, URL-encoded. */
         static Draft fromForm(byte[] bytes) {
             Map<String, String> fields = formFields(bytes);
-            String body = fields.get("body"); // a form's line ends are CR LF, whatever was typed (HTML, 4.10.21.4)
-            return new Draft(fields.get("author"), body == null ? null : body.replace("\r\n", "\n"));
+            return new Draft(fields.get("author"), fields.get("body"));
         }
 
         static Map<String, String> formFields(byte[] bytes) {
             Map<String, String> fields = new HashMap<>();
-            for (String pair : utf8(bytes).split("&")) {
+            for (String pair : new String(bytes, ISO_8859_1).split("&")) { // bytes as characters, until decoded
                 int equals = pair.indexOf('=');
                 if (equals < 0) continue;
                 String name = formText(pair.substring(0, equals));
@@ -473,7 +473,7 @@ public final class Service implements AutoCloseable {
         }
 
         private static String formText(String encoded) {
-            try { // by way of Latin-1, because URLDecoder would quietly repair what is not UTF-8
+            try { // not as UTF-8 at once, because URLDecoder would quietly repair what is none
                 return utf8(URLDecoder.decode(encoded, ISO_8859_1).getBytes(ISO_8859_1));
             } catch (IllegalArgumentException e) {
                 throw Problem.badRequest("the form is not URL-encoded");
@@ -1004,7 +1004,7 @@ public final class Service implements AutoCloseable {
         private static final int MOST_BEHIND = 256;
         /** Messages sent again on a return, since ids are not committed strictly in their order. */
         private static final int OVERLAP = 50;
-        private static final int MOST_CATCH_UP_PAGES = 10;
+        private static final int MOST_PAGES_MISSED = 10;
 
         private final ServerSentEventHandler handler = new ServerSentEventHandler(this::joined);
         private final Map<ServerSentEventConnection, AtomicInteger> behind = new ConcurrentHashMap<>();
@@ -1043,8 +1043,8 @@ public final class Service implements AutoCloseable {
             Deque<String> after = viewer.getQueryParameters().get("after");
             String last = lastEventId != null ? lastEventId : after == null ? null : after.getLast();
             if (last != null && last.matches("[0-9]{1,18}"))
-                catchUp(Long.parseLong(last) - OVERLAP, PageQuery.NEWEST.before(), new ArrayDeque<>(), viewer);
-            if (newestCounts != null) send(viewer, "visit", null, newestCounts);
+                goBack(Long.parseLong(last) - OVERLAP, PageQuery.NEWEST.before(), new ArrayDeque<>(), viewer);
+            if (newestCounts != null) send(viewer, "visit", null, newestCounts, () -> { });
         }
 
         private void read(PageQuery query, BiConsumer<MessagePage, Exception> then) {
@@ -1052,25 +1052,37 @@ public final class Service implements AutoCloseable {
             thread.execute(() -> reads.offer(query, thread, then));
         }
 
-        /** Pages back to where the viewer was, then sends what it missed, oldest first. */
-        private void catchUp(long after, long before, Deque<Message> missed, ServerSentEventConnection viewer) {
+        /** Looks for where the viewer was, page by page, keeping only where each page begins ... */
+        private void goBack(long after, long before, Deque<Long> pages, ServerSentEventConnection viewer) {
+            pages.push(before);
             read(new PageQuery(before, 100), (page, failure) -> {
                 if (failure != null) return; // the page shows that PostgreSQL is away, and asks again
-                List<Message> found = page.messages().stream().filter(message -> message.id() > after).toList();
-                found.forEach(missed::addFirst);
-                if (found.size() == 100 && missed.size() < 100 * MOST_CATCH_UP_PAGES)
-                    catchUp(after, found.getLast().id(), missed, viewer);
-                else missed.forEach(message -> send(viewer, "message", message.id(), message.json()));
+                boolean more = page.next() != null && page.messages().getLast().id() > after;
+                if (more && pages.size() < MOST_PAGES_MISSED) goBack(after, page.messages().getLast().id(), pages, viewer);
+                else catchUp(after, pages, viewer);
             });
         }
 
-        private void send(ServerSentEventConnection viewer, String event, Long id, String data) {
+        /** ... then sends what it missed, oldest first, the next page when this one has left: a slow reader costs little. */
+        private void catchUp(long after, Deque<Long> pages, ServerSentEventConnection viewer) {
+            if (pages.isEmpty()) return;
+            read(new PageQuery(pages.pop(), 100), (page, failure) -> {
+                if (failure != null) return;
+                List<Message> missed = page.messages().reversed().stream().filter(one -> one.id() > after).toList();
+                for (Message one : missed)
+                    send(viewer, "message", one.id(), one.json(), one != missed.getLast() ? () -> { }
+                            : () -> catchUp(after, pages, viewer));
+            });
+        }
+
+        private void send(ServerSentEventConnection viewer, String event, Long id, String data, Runnable whenSent) {
             AtomicInteger waiting = behind.get(viewer);
             if (waiting == null) return;
             if (waiting.incrementAndGet() > MOST_BEHIND) IoUtils.safeClose(viewer);
             else viewer.send(data, event, id == null ? null : id.toString(), new ServerSentEventConnection.EventCallback() {
                 @Override public void done(ServerSentEventConnection v, String d, String e, String i) {
                     waiting.decrementAndGet();
+                    whenSent.run();
                 }
                 @Override public void failed(ServerSentEventConnection v, String d, String e, String i, IOException why) {
                     IoUtils.safeClose(v);
@@ -1079,7 +1091,7 @@ public final class Service implements AutoCloseable {
         }
 
         private void sendAll(String event, Long id, String data) {
-            behind.keySet().forEach(viewer -> send(viewer, event, id, data));
+            behind.keySet().forEach(viewer -> send(viewer, event, id, data, () -> { }));
         }
 
         private void publishLoop() {
