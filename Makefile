@@ -96,7 +96,7 @@ test-browser: ## opens the page in a real browser and uses it
 
 .PHONY: bench
 bench: ## measures against what the machine can do (QUICK=1: under two minutes)
-	@tests/bench
+	@tests/bench/run
 
 ##@ Without Docker, and data
 

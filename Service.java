@@ -123,6 +123,7 @@ import java.util.UUID;
 import java.util.concurrent.ArrayBlockingQueue;
 import java.util.concurrent.BlockingQueue;
 import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.ConcurrentLinkedDeque;
 import java.util.concurrent.Executor;
 import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.ThreadLocalRandom;
@@ -168,18 +169,31 @@ public final class Service implements AutoCloseable {
         try {
             Config config = Config.from(System.getenv());
             Log.start(config.instance());
-            Embedded embedded = config.needsEmbedded() ? Embedded.start(config) : null;
-            Service service = new Service(embedded == null ? config : embedded.config());
-            Runtime.getRuntime().addShutdownHook(new Thread(() -> {
-                service.close();
-                if (embedded != null) embedded.close();
-                Log.flush();
-            }, "shutdown"));
+            Deque<AutoCloseable> running = new ConcurrentLinkedDeque<>();
+            Runtime.getRuntime().addShutdownHook(new Thread(() -> stop(running), "shutdown"));
+            if (config.needsEmbedded()) {
+                Embedded embedded = new Embedded(config);
+                running.push(embedded);
+                config = embedded.start().config();
+            }
+            Service service = new Service(config);
+            running.push(service);
             service.start();
         } catch (Config.Invalid e) {
             System.err.println(e.getMessage());
             System.exit(2);
         }
+    }
+
+    /** In the reverse order of starting. */
+    private static void stop(Deque<AutoCloseable> running) {
+        for (AutoCloseable last; (last = running.poll()) != null; )
+            try {
+                last.close();
+            } catch (Exception e) {
+                Log.warn("stop_failed", "reason", Log.reason(e));
+            }
+        Log.flush();
     }
 
     // ----------------------------------------------------------------------------------------- Configuration
@@ -1009,7 +1023,7 @@ public final class Service implements AutoCloseable {
         private final ServerSentEventHandler handler = new ServerSentEventHandler(this::joined);
         private final Map<ServerSentEventConnection, AtomicInteger> behind = new ConcurrentHashMap<>();
         private final BlockingQueue<Message> outbox = new ArrayBlockingQueue<>(4_096);
-        private volatile boolean visitsChanged, outboxOverflowed;
+        private volatile boolean visitsChanged, missed;
         private volatile String newestCounts;
         private volatile long newestId;
         private volatile boolean closed;
@@ -1026,7 +1040,7 @@ public final class Service implements AutoCloseable {
         void visitsChanged() { if (!visitsChanged) visitsChanged = true; }
 
         /** Tells all viewers; if more come than can be told, they are asked to look for themselves. */
-        void stored(Message message) { if (!outbox.offer(message)) outboxOverflowed = true; }
+        void stored(Message message) { if (!outbox.offer(message)) missed = true; }
 
         void join(HttpServerExchange x) throws Exception {
             if (behind.size() >= MOST_VIEWERS) throw Problem.overloaded();
@@ -1069,6 +1083,7 @@ public final class Service implements AutoCloseable {
             read(new PageQuery(pages.pop(), 100), (page, failure) -> {
                 if (failure != null) return;
                 List<Message> missed = page.messages().reversed().stream().filter(one -> one.id() > after).toList();
+                if (!missed.isEmpty()) newestId = Math.max(newestId, missed.getLast().id());
                 for (Message one : missed)
                     send(viewer, "message", one.id(), one.json(), one != missed.getLast() ? () -> { }
                             : () -> catchUp(after, pages, viewer));
@@ -1110,14 +1125,15 @@ public final class Service implements AutoCloseable {
         private void publishMessages() {
             List<Message> messages = new ArrayList<>();
             outbox.drainTo(messages, 500);
-            if (!messages.isEmpty()) {
+            if (!messages.isEmpty() && !missed) {
                 StringBuilder event = new StringBuilder("messages");
                 for (Message message : messages) event.append('\n').append(message.id()).append(' ').append(message.json());
+                missed = true; // unless this line is followed by the next but one
                 counters.publish(event.toString());
-            }
-            if (outboxOverflowed) {
-                outboxOverflowed = false;
-                counters.publish("overflow");
+                missed = false;
+            } else if (missed) {
+                counters.publish("missed");
+                missed = false;
             }
         }
 
@@ -1155,7 +1171,7 @@ public final class Service implements AutoCloseable {
             String[] lines = event.split("\n");
             switch (lines[0]) {
                 case "visits" -> newestCounts = lines[1];
-                case "overflow" -> lookForMissed();
+                case "missed" -> lookForMissed();
                 case "messages" -> {
                     for (int i = 1; i < lines.length; i++) {
                         int space = lines[i].indexOf(' ');
@@ -1171,15 +1187,10 @@ public final class Service implements AutoCloseable {
             sendAll("message", id, json);
         }
 
-        /** After the subscription was broken: tells what was stored meanwhile. */
+        /** After a break: brings every viewer up to date, with one query for them all. */
         private void lookForMissed() {
-            if (viewers() == 0) return;
             long after = newestId - OVERLAP;
-            read(new PageQuery(Long.MAX_VALUE, 100), (page, failure) -> {
-                if (failure != null) return;
-                page.messages().reversed().stream().filter(message -> message.id() > after)
-                        .forEach(message -> tell(message.id(), message.json()));
-            });
+            behind.keySet().forEach(viewer -> goBack(after, Long.MAX_VALUE, new ArrayDeque<>(), viewer));
         }
 
         /** Ends the streams; browsers come back to another instance and say what they saw last. */
@@ -1751,30 +1762,36 @@ public final class Service implements AutoCloseable {
      */
     static final class Embedded implements AutoCloseable {
         private final Path folder;
-        private final FileLock lock;
+        private FileLock lock;
         private EmbeddedPostgres postgres;
         private RedisServer redis;
+
         private Config config;
 
-        private Embedded(Path folder, FileLock lock) {
-            this.folder = folder;
-            this.lock = lock;
+        Embedded(Config config) {
+            this.config = config;
+            this.folder = config.dataDir().toAbsolutePath();
         }
 
+        /** The configuration, with the addresses of what was started. */
         Config config() { return config; }
 
-        /** @throws Config.Invalid if the folder can't be used, or another service uses it */
-        static Embedded start(Config config) throws Config.Invalid {
-            Path folder = config.dataDir().toAbsolutePath();
-            Embedded embedded = new Embedded(folder, lock(folder));
+        /**
+         * Starts what the configuration leaves open. A stop that comes meanwhile waits (synchronized), so that nothing
+         * is left behind.
+         *
+         * @throws Config.Invalid if the folder can't be used, or another service uses it
+         */
+        synchronized Embedded start() throws Config.Invalid {
+            lock = lock(folder);
             Log.info("data", "folder", folder.toString());
-            embedded.config = config;
             try {
-                if (config.redisHost() == null) embedded.startRedis();
-                if (config.dbHost() == null) embedded.startPostgres();
-                return embedded;
+                if (config.redisHost() == null) config = config.withRedis("127.0.0.1", startRedis());
+                if (config.dbHost() == null)
+                    config = config.withDatabase("127.0.0.1", startPostgres(), "postgres", "postgres");
+                return this;
             } catch (IOException | RuntimeException e) {
-                embedded.close();
+                close();
                 throw new Config.Invalid("DATA_DIR=\"" + folder + "\": its PostgreSQL or Redis could not be started ("
                         + Log.reason(e) + "); or set DB_HOST and REDIS_HOST to servers of your own");
             }
@@ -1795,7 +1812,7 @@ public final class Service implements AutoCloseable {
             return lock;
         }
 
-        private void startRedis() throws IOException {
+        private int startRedis() throws IOException {
             Path data = Files.createDirectories(folder.resolve("redis"));
             Path pid = data.resolve("redis.pid");
             stopOrphan(pid, "redis");
@@ -1804,10 +1821,10 @@ public final class Service implements AutoCloseable {
                     .setting("pidfile \"" + pid + "\"").setting("appendonly yes").setting("appendfsync always")
                     .setting("save \"\"").build();
             redis.start();
-            config = config.withRedis("127.0.0.1", port);
+            return port;
         }
 
-        private void startPostgres() throws IOException {
+        private int startPostgres() throws IOException {
             Path data = folder.resolve("postgres"), complete = folder.resolve("postgres-complete");
             if (!Files.exists(complete)) deleteTree(data); // killed while it was made: nothing was stored yet
             stopOrphan(data.resolve("postmaster.pid"), "postgres");
@@ -1816,7 +1833,7 @@ public final class Service implements AutoCloseable {
                     .setServerConfig("fsync", "on") // the library says off, being made for tests
                     .setRegisterShutdownHook(false).setPGStartupWait(Duration.ofSeconds(60)).start();
             if (!Files.exists(complete)) Files.createFile(complete);
-            config = config.withDatabase("127.0.0.1", postgres.getPort(), "postgres", "postgres");
+            return postgres.getPort();
         }
 
         /** Ends the server that a killed service left behind: only if the pid it wrote down is still of its kind. */
@@ -1844,11 +1861,11 @@ public final class Service implements AutoCloseable {
             }
         }
 
-        @Override public void close() {
+        @Override public synchronized void close() {
             try {
                 if (postgres != null) postgres.close();
                 if (redis != null) redis.stop();
-                lock.release();
+                if (lock != null && lock.isValid()) lock.release();
             } catch (IOException e) {
                 Log.warn("embedded_stop_failed", "reason", Log.reason(e));
             }

@@ -1,0 +1,221 @@
+import org.junit.jupiter.api.AfterAll;
+import org.junit.jupiter.api.BeforeAll;
+import org.junit.jupiter.api.Nested;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.CsvSource;
+import org.junit.jupiter.params.provider.ValueSource;
+import redis.clients.jedis.Jedis;
+
+import java.io.IOException;
+import java.net.InetAddress;
+import java.net.ServerSocket;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertNull;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+/** What the environment tells an instance, and what it says to what it can't use. */
+class ConfigurationTest {
+
+    static Service.Config config(String... namesAndValues) throws Service.Config.Invalid {
+        Map<String, String> environment = new HashMap<>();
+        for (int i = 0; i < namesAndValues.length; i += 2) environment.put(namesAndValues[i], namesAndValues[i + 1]);
+        return Service.Config.from(environment);
+    }
+
+    static String refusal(String... namesAndValues) {
+        String said = assertThrows(Service.Config.Invalid.class, () -> config(namesAndValues)).getMessage();
+        assertTrue(said.lines().count() == 1 && !said.contains("\r"), "expected one line, actual: " + said);
+        return said;
+    }
+
+    static void assertSays(String said, String... words) {
+        for (String word : words)
+            assertTrue(said.contains(word), "expected that it says \"" + word + "\", actual: " + said);
+    }
+
+    static Path file(String name, String content) throws IOException {
+        return Files.writeString(Servers.FOLDER.resolve(name), content);
+    }
+
+    @Nested class What_is_not_set {
+        @Test void has_the_defaults_of_the_contract() throws Exception {
+            Service.Config config = config();
+            assertEquals(9999, config.port());
+            assertNull(config.redisHost());
+            assertEquals(6379, config.redisPort());
+            assertNull(config.redisPass().value());
+            assertNull(config.dbHost());
+            assertEquals(5432, config.dbPort());
+            assertEquals("app", config.dbName());
+            assertEquals("app", config.dbUser());
+            assertNull(config.dbPass().value());
+            assertTrue(config.needsEmbedded());
+        }
+
+        @Test void makes_the_host_name_the_instance() throws Exception {
+            assertTrue(List.of("" + System.getenv("HOSTNAME"), InetAddress.getLocalHost().getHostName())
+                    .contains(config().instance()), config().instance());
+        }
+
+        @Test void is_the_same_as_what_is_empty() throws Exception {
+            assertEquals(config(), config("PORT", "", "DB_HOST", "", "DB_PASS", "", "DB_PASS_FILE", "", "INSTANCE_ID", ""));
+        }
+
+        @Test void is_not_embedded_when_both_hosts_are_set() throws Exception {
+            assertFalse(config("DB_HOST", "postgres", "REDIS_HOST", "redis").needsEmbedded());
+        }
+    }
+
+    @Nested class A_port {
+        @ParameterizedTest @ValueSource(strings = {"0", "65536", "-1", "abc", "80.5", " 80", "80 ", "1e3", "0x50", "+80",
+                "99999999999999999999", "٨٠", "８０", "80\n81"})
+        void that_is_none_is_refused(String value) {
+            for (String name : List.of("PORT", "DB_PORT", "REDIS_PORT"))
+                assertSays(refusal(name, value), name + "=", value.strip().substring(0, 1), "1", "65535");
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"1", "80", "65535"})
+        void that_is_one_is_taken(String value) throws Exception {
+            Service.Config config = config("PORT", value, "DB_PORT", value, "REDIS_PORT", value);
+            assertEquals(List.of(value, value, value), List.of("" + config.port(), "" + config.dbPort(), "" + config.redisPort()));
+        }
+    }
+
+    @Nested class A_password {
+        @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
+        void in_a_file_is_read_without_its_line_end(String name) throws Exception {
+            Service.Config config = config(name + "_FILE", file("password", "s3cret word\n").toString());
+            assertEquals("s3cret word", (name.equals("DB_PASS") ? config.dbPass() : config.redisPass()).value());
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
+        void and_a_file_for_it_are_too_much(String name) throws Exception {
+            String file = file("password", "from-file").toString(), said = refusal(name, "from-env", name + "_FILE", file);
+            assertSays(said, name, name + "_FILE", file);
+            assertFalse(said.contains("from-env") || said.contains("from-file"), said);
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"/does/not/exist", "/", "relative/and/missing", "\u0000"})
+        void file_that_is_not_there_is_refused(String file) {
+            for (String name : List.of("DB_PASS_FILE", "REDIS_PASS_FILE")) assertSays(refusal(name, file), name);
+        }
+
+        @Test void is_in_no_text_that_shows_the_configuration() throws Exception {
+            String text = config("DB_PASS", "tell-nobody", "REDIS_PASS", "tell-nobody").toString();
+            assertFalse(text.contains("tell-nobody"), text);
+        }
+    }
+
+    @Nested class A_name_of_an_instance {
+        @ParameterizedTest @ValueSource(strings = {"a b", "web/1", "wéb", "web\r\nSet-Cookie: x", "<b>", " ", "\"",
+                "0123456789012345678901234567890123456789012345678901234567890123456789"})
+        void that_has_no_place_in_a_header_is_refused(String name) {
+            assertSays(refusal("INSTANCE_ID", name), "INSTANCE_ID");
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"web1", "a", "web-1.example_x", "0"})
+        void that_is_plain_is_taken(String name) throws Exception {
+            assertEquals(name, config("INSTANCE_ID", name).instance());
+        }
+    }
+
+    @Nested class A_process {
+        /** Ends with 2 and says in one line why. */
+        static String end(Map<String, String> environment) throws Exception {
+            try (Program program = Program.java(environment)) {
+                assertEquals(2, program.exitCode(), "exit code; standard error: " + program.err());
+                assertEquals(1, program.err().size(), "lines on standard error: " + program.err());
+                return program.err().getFirst();
+            }
+        }
+
+        @ParameterizedTest @CsvSource({"PORT,abc,65535", "DB_PORT,0,65535", "REDIS_PORT,65536,65535", "INSTANCE_ID,a b,letters",
+                "DB_PASS_FILE,/no/such/file,file", "REDIS_PASS_FILE,/no/such/file,file", "DATA_DIR,/dev/null/x,folder"})
+        void ends_with_2_and_one_line_for_a_value_it_cannot_use(String name, String value, String right) throws Exception {
+            assertSays(end(Map.of(name, value)), name, value, right);
+        }
+
+        @Test void names_both_variables_and_no_password_when_there_are_two() throws Exception {
+            String said = end(Map.of("DB_PASS", "hush-hush", "DB_PASS_FILE", file("password", "hush-hush").toString()));
+            assertSays(said, "DB_PASS", "DB_PASS_FILE");
+            assertFalse(said.contains("hush-hush"), said);
+        }
+
+        @Test void ends_with_2_when_its_port_is_taken() throws Exception {
+            try (ServerSocket taken = new ServerSocket(0)) {
+                String port = "" + taken.getLocalPort();
+                assertSays(end(Map.of("PORT", port, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")), "PORT", port, "free");
+            }
+        }
+
+        @Test void ends_with_one_line_even_if_the_value_has_two() throws Exception {
+            assertSays(end(Map.of("PORT", "80\n81")), "PORT");
+        }
+    }
+
+    /** Servers that ask for a password: a Redis of its own, and a database of the shared PostgreSQL. */
+    @Nested class Passwords {
+        private static Service.Embedded redis;
+        private static Map<String, String> environment;
+
+        @BeforeAll static void lockUp() throws Exception {
+            redis = new Service.Embedded(config("DATA_DIR", Servers.FOLDER.resolve("locked").toString(), "DB_HOST", "none")).start();
+            try (Jedis jedis = new Jedis("127.0.0.1", redis.config().redisPort())) {
+                jedis.configSet("requirepass", "open sesame");
+            }
+            String database = Servers.newDatabase();
+            Servers.sql(database, "CREATE ROLE keeper LOGIN PASSWORD 'pick me not'; GRANT ALL ON SCHEMA public TO keeper");
+            Path access = Path.of(Servers.sql("postgres", "SHOW hba_file").getFirst());
+            Files.writeString(access, "host " + database + " keeper 127.0.0.1/32 scram-sha-256\n" + Files.readString(access));
+            Servers.sql("postgres", "SELECT pg_reload_conf()");
+            environment = new HashMap<>(Servers.environment(database));
+            environment.putAll(Map.of("REDIS_PORT", "" + redis.config().redisPort(), "DB_USER", "keeper"));
+        }
+
+        @AfterAll static void close() { if (redis != null) redis.close(); }
+
+        static Map<String, String> with(String... namesAndValues) {
+            Map<String, String> all = new HashMap<>(environment);
+            for (int i = 0; i < namesAndValues.length; i += 2) all.put(namesAndValues[i], namesAndValues[i + 1]);
+            return all;
+        }
+
+        @Test void from_variables_open_both() {
+            try (Instance instance = new Instance("guest", with("DB_PASS", "pick me not", "REDIS_PASS", "open sesame"))) {
+                instance.awaitReady();
+                instance.say("keeper", "let in").expect(201);
+                assertTrue(instance.visits() > 0);
+            }
+        }
+
+        @Test void from_files_open_both() throws Exception {
+            try (Instance instance = new Instance("guest", with("DB_PASS_FILE", file("db", "pick me not\n").toString(),
+                    "REDIS_PASS_FILE", file("redis", "open sesame\n").toString()))) {
+                instance.awaitReady();
+                instance.say("keeper", "let in").expect(201);
+                assertTrue(instance.visits() > 0);
+            }
+        }
+
+        @Test void that_are_wrong_are_no_reason_to_print_them() throws Exception {
+            try (Program program = Program.java(with("DB_PASS", "my-guess-1", "REDIS_PASS", "my-guess-2"))) {
+                Wait.until("it is up", () -> program.get("/healthz").status() == 200);
+                program.say("keeper", "let in").unavailable();
+                assertTrue(program.get("/").expect(200).json().get("visits").isJsonNull());
+                program.get("/readyz").expect(503);
+                Wait.until("it logs why", () -> program.out().toString().contains("dependency_down"));
+                String said = program.out() + "" + program.err();
+                assertFalse(said.contains("my-guess"), said);
+            }
+        }
+    }
+}

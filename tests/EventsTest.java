@@ -1,0 +1,257 @@
+import com.google.gson.JsonParser;
+import org.junit.jupiter.api.Nested;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.ValueSource;
+
+import java.io.BufferedReader;
+import java.io.IOException;
+import java.io.InputStream;
+import java.io.InputStreamReader;
+import java.net.http.HttpRequest;
+import java.net.http.HttpResponse;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.TreeSet;
+import java.util.concurrent.Callable;
+
+import static java.nio.charset.StandardCharsets.UTF_8;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+/** Live events: what happens on one instance is seen on all, and what was missed is brought later. */
+class EventsTest {
+
+    /** One event as the browser gets it. */
+    record Event(String name, String id, String data) {}
+
+    /** An open page: collects what it is told, and remembers the last id as a browser does. */
+    static final class Viewer implements AutoCloseable {
+        final HttpResponse<InputStream> response;
+        private final List<Event> events = new ArrayList<>();
+        private volatile boolean ended;
+        private volatile int lines;
+
+        Viewer(Caller instance, String query, String... headers) throws Exception {
+            HttpRequest.Builder request = HttpRequest.newBuilder(instance.uri("/api/events" + query)).header("Accept", "text/event-stream");
+            if (headers.length > 0) request.headers(headers);
+            response = Caller.CLIENT.send(request.build(), HttpResponse.BodyHandlers.ofInputStream());
+            Thread.ofVirtual().start(this::read);
+            Wait.until("the stream has begun", () -> lines > 0); // the instance knows the viewer from here on
+        }
+
+        private void read() {
+            String name = "message", id = null, data = null;
+            try (BufferedReader text = new BufferedReader(new InputStreamReader(response.body(), UTF_8))) {
+                for (String line; (line = text.readLine()) != null; lines++) {
+                    if (line.startsWith("event:")) name = line.substring(6).strip();
+                    else if (line.startsWith("id:")) id = line.substring(3).strip();
+                    else if (line.startsWith("data:")) data = (data == null ? "" : data + "\n") + line.substring(5);
+                    else if (line.isEmpty() && data != null) {
+                        synchronized (events) { events.add(new Event(name, id, data)); }
+                        name = "message";
+                        id = null;
+                        data = null;
+                    }
+                }
+            } catch (IOException e) { /* it ended */ }
+            ended = true;
+        }
+
+        boolean hasEnded() { return ended; }
+
+        List<Event> all(String name) {
+            synchronized (events) { return events.stream().filter(event -> event.name.equals(name)).toList(); }
+        }
+
+        List<Long> ids() { return all("message").stream().map(event -> Long.valueOf(event.id)).toList(); }
+
+        long lastVisits() {
+            return all("visit").isEmpty() ? -1
+                    : JsonParser.parseString(all("visit").getLast().data).getAsJsonObject().get("total").getAsLong();
+        }
+
+        void awaits(Answer message) { Wait.until("a viewer is told of " + message.id(), () -> ids().contains(message.id())); }
+
+        @Override public void close() throws IOException { response.body().close(); }
+    }
+
+    @Nested class A_viewer {
+        @Test void gets_a_stream_that_no_proxy_holds_back() throws Exception {
+            try (Viewer viewer = new Viewer(Servers.one(), "")) {
+                assertEquals(200, viewer.response.statusCode());
+                Map<String, List<String>> headers = Answer.anyCase(viewer.response.headers().map());
+                assertTrue(headers.get("content-type").getFirst().startsWith("text/event-stream"), "" + headers);
+                assertEquals(List.of("no"), headers.get("x-accel-buffering"));
+                assertEquals(List.of("web1"), headers.get("x-instance-id"));
+                assertTrue(headers.get("cache-control").getFirst().contains("no-"), "" + headers);
+            }
+        }
+
+        @Test void is_told_what_is_stored_on_every_instance() throws Exception {
+            try (Viewer viewer = new Viewer(Servers.three().get(0), ""); Viewer other = new Viewer(Servers.three().get(2), "")) {
+                for (Instance instance : Servers.three()) {
+                    Answer message = instance.say("teller", "by " + instance.name + "\nin two lines, " + MessagesTest.SMILE).expect(201);
+                    viewer.awaits(message);
+                    other.awaits(message);
+                    Event event = viewer.all("message").stream().filter(one -> one.id.equals("" + message.id())).findFirst().orElseThrow();
+                    assertEquals(message.json(), JsonParser.parseString(event.data));
+                }
+            }
+        }
+
+        @Test void is_told_once_of_a_message_sent_twice_under_one_key() throws Exception {
+            try (Viewer viewer = new Viewer(Servers.one(), "")) {
+                String key = MessagesTest.An_idempotency_key.key();
+                Answer first = Servers.one().say("a", "once", "Idempotency-Key", key).expect(201);
+                for (Instance instance : Servers.three()) instance.say("a", "once", "Idempotency-Key", key).expect(200);
+                viewer.awaits(Servers.one().say("a", "the one after").expect(201));
+                assertEquals(1, viewer.ids().stream().filter(id -> id == first.id()).count());
+            }
+        }
+
+        @Test void is_told_of_visits_at_most_four_times_a_second() throws Exception {
+            try (Viewer viewer = new Viewer(Servers.three().get(1), "")) {
+                long begun = System.nanoTime(), last = 0;
+                while (System.nanoTime() - begun < 2_000_000_000L) last = Servers.three().get((int) (last % 3)).visits();
+                double seconds = (System.nanoTime() - begun) / 1e9;
+                int told = viewer.all("visit").size();
+                assertTrue(told >= 2 && told <= 4 * seconds + 2, "expected 2 to " + (4 * seconds + 2) + " events, actual: " + told);
+                long total = last;
+                Wait.until("it hears of the last visit", () -> viewer.lastVisits() >= total);
+                assertEquals(Servers.one().get("/api/visits").json(), JsonParser.parseString(viewer.all("visit").getLast().data));
+            }
+        }
+
+        @Test void who_left_is_forgotten() throws Exception {
+            double before = Servers.three().get(1).metric("event_viewers");
+            List<Viewer> viewers = new ArrayList<>();
+            for (int i = 0; i < 20; i++) viewers.add(new Viewer(Servers.three().get(1), ""));
+            assertEquals(before + 20, Servers.three().get(1).metric("event_viewers"));
+            for (Viewer viewer : viewers) viewer.close();
+            Wait.until("they are gone once there is something to tell", () -> {
+                Servers.one().say("a", "is anybody there?").expect(201);
+                return Servers.three().get(1).metric("event_viewers") <= before;
+            });
+        }
+    }
+
+    /** On a board of its own, since there everybody is told everything. */
+    @Nested class A_viewer_who_was_away {
+        private List<Long> store(Caller at, int count) throws Exception {
+            List<Callable<Long>> senders = new ArrayList<>();
+            for (int i = 0; i < count; i++) {
+                String text = "while you were away, " + i;
+                senders.add(() -> at.say("a", text).expect(201).id());
+            }
+            return Wait.together(senders);
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"Last-Event-ID", "after"}) void is_brought_what_it_missed(String how) throws Exception {
+            try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
+                long seen;
+                List<Long> missed;
+                try (Viewer present = new Viewer(board, "")) {
+                    seen = store(board, 80).stream().max(Long::compare).orElseThrow();
+                    missed = store(board, 30);
+                    Wait.until("whoever is there was told", () -> present.ids().containsAll(missed));
+                }
+                try (Viewer viewer = how.equals("after") ? new Viewer(board, "?after=" + seen) : new Viewer(board, "", how, "" + seen)) {
+                    Wait.until("all that was missed is there", () -> viewer.ids().containsAll(missed));
+                    assertEquals(viewer.ids().stream().sorted().toList(), viewer.ids(), "oldest first");
+                }
+            }
+        }
+
+        @ParameterizedTest @ValueSource(ints = {200, 600, 950}) void long_is_brought_all_of_it(int count) throws Exception {
+            try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
+                long seen = store(board, 1).getFirst();
+                TreeSet<Long> missed = new TreeSet<>(store(board, count)), told = new TreeSet<>();
+                for (int visit = 0; visit < 3 && !told.containsAll(missed); visit++) { // a browser that was cut off comes again
+                    try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", "" + (told.isEmpty() ? seen : told.last()))) {
+                        Wait.until("the stream ends or all is told", Duration.ofSeconds(5), () -> {
+                            told.addAll(viewer.ids());
+                            return viewer.hasEnded() || told.containsAll(missed);
+                        });
+                    }
+                }
+                missed.removeAll(told);
+                assertEquals(0, missed.size(), "how many of " + count + " were not told in three visits");
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"abc", "-1", "0", "", "99999999999999999999", "999999999999999999", "1%00", "<x>"}) void may_say_nonsense(String last) throws Exception {
+            try (Instance board = new Instance("odd", Servers.environment(Servers.newDatabase()));
+                 Viewer viewer = new Viewer(board, "?after=" + last.replace("<x>", "%3Cx%3E"), "Last-Event-ID", last)) {
+                assertEquals(200, viewer.response.statusCode());
+                viewer.awaits(board.say("a", "still told").expect(201));
+            }
+        }
+    }
+
+    @Nested class A_viewer_who_does_not_read {
+        @Test void is_cut_off_so_that_it_knows_and_nobody_else_notices() throws Exception {
+            try (Instance board = new Instance("slow", Servers.environment(Servers.newDatabase()));
+                 Wire slow = new Wire(board.port, 4_096); Viewer other = new Viewer(board, "")) {
+                slow.send(HttpTest.request("GET", "/api/events")).read(true).expect(200);
+                assertEquals(2, board.metric("event_viewers"));
+                String long2000 = MessagesTest.SMILE.repeat(1_900);
+                List<Long> stored = new ArrayList<>();
+                for (int round = 0; round < 60 && board.metric("event_viewers") > 1; round++) {
+                    List<Callable<Long>> senders = new ArrayList<>();
+                    for (int i = 0; i < 32; i++) senders.add(() -> board.say("a", long2000).expect(201).id());
+                    stored.addAll(Wait.together(senders));
+                    Wait.until("the other one keeps up", () -> other.ids().containsAll(stored));
+                }
+                Wait.until("only the slow one is gone", () -> board.metric("event_viewers") == 1);
+                assertTrue(other.ids().containsAll(stored));
+                assertTrue(stored.size() * 8_000L < 16_000_000, "expected at most 16 MB behind, actual: " + stored.size() * 8_000L);
+                slow.socket.setSoTimeout(5_000);
+                assertTrue(slow.endsAfterWhatIsLeft(), "expected an end that the slow one can see, actual: the stream hangs");
+            }
+        }
+    }
+
+    /** With its own way to Redis, so that only this board sees it break. */
+    @Nested class When_Redis {
+        private Map<String, String> by(Cable cable) {
+            Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
+            environment.put("REDIS_PORT", "" + cable.port());
+            return environment;
+        }
+
+        @Test void was_away_all_messages_are_told_when_it_is_back() throws Exception {
+            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("cut", by(cable)); Viewer viewer = new Viewer(board, "")) {
+                board.awaitReady();
+                viewer.awaits(board.say("a", "before").expect(201));
+                cable.cut();
+                Wait.until("it is noticed", () -> board.get("/readyz").text("status").equals("degraded"));
+                List<Answer> meanwhile = new ArrayList<>();
+                for (int i = 0; i < 5; i++) meanwhile.add(board.say("a", "meanwhile " + i).expect(201));
+                cable.mend();
+                Answer after = board.say("a", "after").expect(201);
+                for (Answer one : meanwhile) viewer.awaits(one);
+                viewer.awaits(after);
+            }
+        }
+
+        @Test void hung_for_a_while_all_messages_are_told_when_it_goes_on() throws Exception {
+            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("hung", by(cable)); Viewer viewer = new Viewer(board, "")) {
+                board.awaitReady();
+                viewer.awaits(board.say("a", "before").expect(201));
+                cable.hang();
+                List<Answer> meanwhile = new ArrayList<>();
+                meanwhile.add(board.say("a", "at first").expect(201));
+                Wait.until("it is noticed", () -> board.get("/readyz").text("status").equals("degraded"));
+                for (int i = 0; i < 3; i++) meanwhile.add(board.say("a", "meanwhile " + i).expect(201));
+                board.get("/").expect(200);
+                Thread.sleep(400); // several turns of the teller, which nobody can ask how far it is
+                cable.mend();
+                for (Answer one : meanwhile) viewer.awaits(one);
+            }
+        }
+    }
+}

@@ -1,0 +1,564 @@
+import com.google.gson.JsonElement;
+import com.google.gson.JsonObject;
+import com.google.gson.JsonParser;
+import org.junit.jupiter.api.Nested;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.MethodSource;
+import org.junit.jupiter.params.provider.ValueSource;
+
+import java.io.ByteArrayOutputStream;
+import java.io.EOFException;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.HashSet;
+import java.util.List;
+import java.util.Set;
+import java.util.TreeSet;
+import java.util.concurrent.Callable;
+import java.util.function.Supplier;
+import java.util.stream.Collectors;
+import java.util.stream.Stream;
+
+import static java.nio.charset.StandardCharsets.ISO_8859_1;
+import static java.nio.charset.StandardCharsets.UTF_8;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertNotEquals;
+import static org.junit.jupiter.api.Assertions.assertNotNull;
+import static org.junit.jupiter.api.Assertions.assertNull;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+/** What every request can count on, whatever it asks for and however badly it is put. */
+class HttpTest {
+    static final int BODY_MOST = 16 * 1024;
+    private static String stored;
+
+    /** The paths of the table, each with something that is there. */
+    static synchronized List<String> paths() {
+        if (stored == null) stored = Servers.one().say("router", "something that is there").expect(201).header("location");
+        return Servers.one().service.routes.stream().map(Service.Route::path).distinct()
+                .map(path -> path.equals("/api/messages/{id}") ? stored : path).toList();
+    }
+
+    static String template(String path) { return path.equals(stored) ? "/api/messages/{id}" : path; }
+
+    /** What the table allows there. */
+    static Set<String> allowed(String path) {
+        Set<String> methods = Servers.one().service.routes.stream().filter(route -> route.path().equals(template(path)))
+                .map(Service.Route::method).collect(Collectors.toCollection(TreeSet::new));
+        if (methods.contains("GET")) methods.add("HEAD");
+        methods.add("OPTIONS");
+        return methods;
+    }
+
+    static Set<String> allowHeader(Answer answer) {
+        assertNotNull(answer.header("allow"), "Allow in " + answer);
+        return new TreeSet<>(Arrays.asList(answer.header("allow").split(",\\s*")));
+    }
+
+    static String request(String method, String path, String... headers) {
+        return method + " " + path + " HTTP/1.1\r\nHost: localhost\r\n"
+                + Stream.of(headers).map(header -> header + "\r\n").collect(Collectors.joining()) + "\r\n";
+    }
+
+    static String post(byte[] body, String... headers) {
+        return request("POST", "/api/messages", Caller.and(headers, "Content-Type: application/json", "Content-Length: " + body.length))
+                + new String(body, ISO_8859_1);
+    }
+
+    /** A message whose JSON has exactly so many bytes. */
+    static byte[] sized(int bytes) {
+        String start = "{\"author\":\"scales\",\"body\":\"weighed\",\"ballast\":\"";
+        return (start + "x".repeat(bytes - start.length() - 2) + "\"}").getBytes(UTF_8);
+    }
+
+    static String chunked(byte[] body, int size, String... headers) {
+        StringBuilder text = new StringBuilder(request("POST", "/api/messages",
+                Caller.and(headers, "Content-Type: application/json", "Transfer-Encoding: chunked")));
+        for (int at = 0; at < body.length; at += size) {
+            int length = Math.min(size, body.length - at);
+            text.append(Integer.toHexString(length)).append("\r\n").append(new String(body, at, length, ISO_8859_1)).append("\r\n");
+        }
+        return text.append("0\r\n\r\n").toString();
+    }
+
+    @Nested class Every_answer {
+        static List<String> paths() { return HttpTest.paths(); }
+
+        @ParameterizedTest @MethodSource("paths") void names_its_instance_and_its_request(String path) throws Exception {
+            for (Instance instance : Servers.three())
+                try (Wire wire = instance.wire()) {
+                    String method = allowed(path).contains("GET") ? "GET" : "OPTIONS";
+                    wire.send(request(method, path, "Accept: */*"));
+                    Answer head = wire.read(true);
+                    assertTrue(head.status() < 300, "" + head);
+                    assertEquals(instance.name, head.header("x-instance-id"));
+                    assertTrue(head.header("x-request-id").matches("[A-Za-z0-9._:-]{8,100}"), "" + head);
+                }
+        }
+
+        @Test void has_an_id_of_its_own() {
+            Set<String> ids = new HashSet<>();
+            for (int i = 0; i < 50; i++) ids.add(Servers.one().get("/healthz").header("x-request-id"));
+            assertEquals(50, ids.size());
+        }
+
+        @Test void keeps_the_ids_also_when_it_is_no() {
+            for (Answer no : List.of(Servers.one().get("/nowhere", "X-Request-Id", "mine"), Servers.one().post("{", "X-Request-Id", "mine"),
+                    Servers.one().send("PUT", "/", null, "X-Request-Id", "mine"))) {
+                assertEquals("mine", no.header("x-request-id"), "" + no);
+                assertEquals("web1", no.header("x-instance-id"), "" + no);
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"a", "0af7651916cd43dd8448eb211c80319c", "A-b.c_d:e"})
+        void keeps_a_sane_id_of_the_caller(String id) {
+            assertEquals(id, Servers.one().get("/healthz", "X-Request-Id", id).header("x-request-id"));
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"", "a b", "<script>", "a\"b", "a,b", "é", "{}", "a\tb", "%0d%0aSet-Cookie:x"})
+        void replaces_an_insane_one(String id) throws Exception {
+            for (String one : List.of(id, id.isEmpty() ? "" : "x".repeat(5_000))) {
+                Answer answer = Servers.one().raw(request("GET", "/healthz", "X-Request-Id: " + one)).expect(200);
+                assertNotEquals(one, answer.header("x-request-id"));
+                assertTrue(answer.header("x-request-id").matches("[A-Za-z0-9._:-]{8,100}"), "" + answer);
+            }
+        }
+
+        @ParameterizedTest @MethodSource("paths") void is_not_kept_by_caches(String path) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                String cache = wire.send(request("GET", path)).read(true).header("cache-control");
+                assertTrue(cache != null && (cache.contains("no-store") || path.equals("/openapi.json")), path + ": " + cache);
+            }
+        }
+    }
+
+    @Nested class The_table_of_routes {
+        static List<String> paths() { return HttpTest.paths(); }
+
+        @ParameterizedTest @MethodSource("paths") void tells_what_a_path_allows(String path) {
+            Answer answer = Servers.one().send("OPTIONS", path, null);
+            assertTrue(answer.status() == 200 || answer.status() == 204, "" + answer);
+            assertEquals(allowed(path), allowHeader(answer));
+        }
+
+        @ParameterizedTest @MethodSource("paths") void refuses_every_other_method(String path) throws Exception {
+            for (String method : List.of("GET", "POST", "PUT", "PATCH", "DELETE", "PROPFIND", "BREW", "get"))
+                if (!allowed(path).contains(method)) {
+                    Answer answer = Servers.one().raw(request(method, path, "Content-Length: 0")).problem(405);
+                    assertEquals(allowed(path), allowHeader(answer), method + " " + path);
+                }
+        }
+
+        @ParameterizedTest @MethodSource("paths") void gives_the_head_of_whatever_can_be_got(String path) throws Exception {
+            if (!allowed(path).contains("HEAD")) return;
+            try (Wire wire = Servers.one().wire()) {
+                wire.socket.setSoTimeout(3_000);
+                Answer head = wire.send(request("HEAD", path)).read(true).expect(200);
+                assertNotNull(head.header("content-type"));
+                wire.send(request("GET", "/healthz")).read().expect(200); // a body would be in its way
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"/nowhere", "/api", "/api/", "/api/messages/1/2", "/favicon.txt", "/index.html",
+                "/api/visits/1", "/healthz/x", "/Service.java", "/init.sql", "/API/visits", "/%00", "/a%00b", "/%2e%2e/etc/passwd",
+                "/..", "/../../etc/passwd", "/%2F", "/api%2fvisits", "/..%5c", "/%F0%9F%99%82", "/%ff%fe", "/*"})
+        void has_nothing_elsewhere(String path) throws Exception { Servers.one().raw(request("GET", path)).problem(404); }
+
+        @Test void is_described_by_the_open_api_document() {
+            JsonObject document = Servers.one().get("/openapi.json").expect(200).json();
+            assertTrue(document.get("openapi").getAsString().startsWith("3.1"));
+            for (Service.Route route : Servers.one().service.routes) {
+                JsonElement path = document.getAsJsonObject("paths").get(route.path());
+                assertNotNull(path, "expected " + route.path() + ", actual: " + document.getAsJsonObject("paths").keySet());
+                assertTrue(path.getAsJsonObject().has(route.method().toLowerCase()), route.method() + " in " + path);
+            }
+        }
+    }
+
+    @Nested class A_visit {
+        @Test void of_a_program_is_answered_with_json() {
+            Answer answer = Servers.one().get("/").expect(200);
+            assertEquals(Set.of("instance", "visits"), answer.json().keySet());
+            assertEquals("web1", answer.text("instance"));
+            assertEquals("application/json", answer.header("content-type"));
+        }
+
+        @Test void of_a_browser_is_answered_with_the_page() {
+            Answer page = Servers.one().get("/", "Accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8").expect(200);
+            assertTrue(page.header("content-type").startsWith("text/html"), "" + page);
+            assertTrue(page.header("content-type").toLowerCase().contains("utf-8"), "" + page);
+            assertTrue(page.body().contains("<form") && page.body().contains("web1"), "" + page);
+        }
+
+        @Test void counts_once_whoever_comes() {
+            long before = Servers.one().total();
+            Servers.one().get("/").expect(200);
+            Servers.one().get("/", "Accept", "text/html").expect(200);
+            assertEquals(before + 2, Servers.one().total());
+        }
+
+        @Test void has_a_number_that_nobody_else_has_and_that_only_grows() throws Exception {
+            JsonObject before = Servers.one().get("/api/visits").json();
+            List<Callable<List<Long>>> visitors = new ArrayList<>();
+            for (int i = 0; i < 12; i++) {
+                Instance instance = Servers.three().get(i % 3);
+                visitors.add(() -> {
+                    List<Long> seen = new ArrayList<>();
+                    for (int visit = 0; visit < 50; visit++) seen.add(instance.visits());
+                    return seen;
+                });
+            }
+            List<Long> all = new ArrayList<>();
+            for (List<Long> seen : Wait.together(visitors)) {
+                assertEquals(seen.stream().sorted().toList(), seen, "what one visitor saw");
+                all.addAll(seen);
+            }
+            long first = before.get("total").getAsLong() + 1;
+            assertEquals(Stream.iterate(first, n -> n + 1).limit(600).toList(), all.stream().sorted().toList());
+
+            JsonObject after = Servers.one().get("/api/visits").json();
+            long sum = 0;
+            for (String name : after.getAsJsonObject("byInstance").keySet()) {
+                long count = after.getAsJsonObject("byInstance").get(name).getAsLong();
+                JsonElement was = before.getAsJsonObject("byInstance").get(name);
+                if (name.startsWith("web")) assertEquals(200, count - (was == null ? 0 : was.getAsLong()), name);
+                sum += count;
+            }
+            assertEquals(after.get("total").getAsLong(), sum, "byInstance adds up");
+        }
+
+        @Test void is_only_what_asks_for_the_page() {
+            long before = Servers.one().total();
+            for (String path : paths()) if (!path.equals("/") && !path.equals("/api/events")) Servers.one().get(path);
+            Servers.one().get("/nowhere");
+            Servers.one().send("PUT", "/", null).problem(405);
+            Servers.one().send("OPTIONS", "/", null);
+            Servers.one().send("HEAD", "/", null).expect(200);
+            Servers.one().say("nobody", "came by");
+            assertEquals(before, Servers.three().get(2).total());
+        }
+    }
+
+    @Nested class How_it_is {
+        @Test void says_healthz() { Servers.one().get("/healthz").expect(200); }
+
+        @Test void says_readyz_of_each_dependency() {
+            JsonObject json = Servers.one().get("/readyz").expect(200).json();
+            assertEquals("ready", json.get("status").getAsString());
+            assertEquals("{\"postgres\":\"up\",\"redis\":\"up\"}", json.getAsJsonObject("dependencies").entrySet().stream()
+                    .map(e -> '"' + e.getKey() + "\":" + e.getValue()).sorted().collect(Collectors.joining(",", "{", "}")));
+        }
+
+        @Test void say_metrics_for_prometheus() {
+            Answer answer = Servers.one().get("/metrics").expect(200);
+            assertTrue(answer.header("content-type").startsWith("text/plain"), answer.header("content-type"));
+            double before = Servers.one().metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}");
+            Servers.one().get("/healthz");
+            assertEquals(before + 1, Servers.one().metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}"));
+        }
+
+        @Test void metrics_do_not_say_through_a_proxy() {
+            Servers.one().get("/metrics", "X-Forwarded-For", "203.0.113.9").problem(404);
+        }
+
+        @Test void no_method_or_path_of_a_stranger_becomes_a_metric() throws Exception {
+            Servers.one().raw(request("STRANGE", "/"));
+            Servers.one().get("/strange-path");
+            String metrics = Servers.one().get("/metrics").body();
+            assertFalse(metrics.contains("STRANGE") || metrics.contains("strange-path"), metrics);
+        }
+    }
+
+    @Nested class JSON_that_is_none {
+        @ParameterizedTest @ValueSource(strings = {"", " ", "{", "}", "{}}", "[", "[]", "null", "true", "1", "\"text\"", "nonsense", "{]",
+                "{\"author\"}", "{\"author\":}", "{\"author\":\"a\"", "{\"author\":\"a\",}", "{\"author\":\"a\",\"body\":\"b\",}",
+                "{\"author\":\"a\",\"body\":\"b\"} x", "{\"author\":\"a\",\"body\":\"b\"}{\"author\":\"a\",\"body\":\"b\"}",
+                "{\"author\":\"a\" \"body\":\"b\"}", "{author:\"a\",body:\"b\"}", "{'author':'a','body':'b'}", "{\"author\":\"a\",\"body\":b}",
+                "{\"author\":\"a\",\"body\":\"b}", "{\"author\":\"a\",\"body\":\"\\x\"}", "{\"author\":\"a\",\"body\":\"\\u12\"}",
+                "{\"author\":\"a\",\"body\":\"\\uZZZZ\"}", "{\"author\":\"a\",\"body\":\"new\nline\"}", "{\"author\":\"a\",\"body\":\"\t\"}",
+                "{\"author\":\"a\",\"body\":\"b\",\"x\":NaN}", "{\"author\":\"a\",\"body\":\"b\",\"x\":01}", "{\"author\":\"a\",\"body\":\"b\",\"x\":.5}",
+                "{\"author\":\"a\",\"body\":\"b\",\"x\":True}", "{\"author\":\"a\";\"body\":\"b\"}", "{\"author\"=\"a\",\"body\"=\"b\"}",
+                "// no\n{\"author\":\"a\",\"body\":\"b\"}", "{/**/\"author\":\"a\",\"body\":\"b\"}", ")]}'\n{\"author\":\"a\",\"body\":\"b\"}",
+                "{\"author\":\"a\",\"author\":\"a\",\"body\":\"b\"}", "{\"author\":\"a\",\"body\":\"b\",\"body\":\"c\"}",
+                "author=a&body=b", "<message/>", "{\"author\":\"a\",\"body\":\"b\"}\u0000", "\u0000{\"author\":\"a\",\"body\":\"b\"}"})
+        void is_refused_with_400(String json) { Servers.one().post(json).problem(400); }
+
+        @ParameterizedTest @ValueSource(strings = {"\\u0000", "a\\u0000b", "\\ud800", "\\udc00", "a\\ud83d", "\\ude42\\ud83d", "\\uD83D\\uD83D\\uDE42"})
+        void holds_a_nul_or_half_a_character(String text) {
+            Servers.one().post("{\"author\":\"a\",\"body\":\"" + text + "\"}").problem(400);
+            Servers.one().post("{\"author\":\"" + text + "\",\"body\":\"b\"}").problem(400);
+        }
+
+        @Test void holds_a_raw_nul() { Servers.one().post("{\"author\":\"a\",\"body\":\"b\u0000c\"}").problem(400); }
+
+        static List<byte[]> notUtf8() {
+            return List.of(new byte[] {(byte) 0xff}, new byte[] {(byte) 0xc0, (byte) 0x80}, new byte[] {(byte) 0xe2, (byte) 0x82},
+                    new byte[] {(byte) 0xed, (byte) 0xa0, (byte) 0x80}, new byte[] {(byte) 0xf4, (byte) 0x90, (byte) 0x80, (byte) 0x80},
+                    new byte[] {(byte) 0x80}, "naïve".getBytes(ISO_8859_1), new byte[] {(byte) 0xf8, (byte) 0x88, (byte) 0x80, (byte) 0x80, (byte) 0x80});
+        }
+
+        @ParameterizedTest @MethodSource("notUtf8") void is_not_utf_8(byte[] bytes) throws Exception {
+            ByteArrayOutputStream body = new ByteArrayOutputStream();
+            body.write("{\"author\":\"a\",\"body\":\"".getBytes(UTF_8));
+            body.write(bytes);
+            body.write("\"}".getBytes(UTF_8));
+            Servers.one().post(body.toByteArray()).problem(400);
+        }
+
+        @Test void is_utf_16() { Servers.one().post(Caller.message("a", "b").getBytes(java.nio.charset.StandardCharsets.UTF_16)).problem(400); }
+
+        @ParameterizedTest @ValueSource(strings = {"[", "{\"a\":", "{\"author\":", "{\"author\":\"a\",\"body\":\"b\",\"x\":["})
+        void is_very_deep(String layer) {
+            boolean prefixed = layer.startsWith("{\"author\":\"a\"");
+            String deep = prefixed ? layer + "[".repeat(8_000) + "]".repeat(8_001) + "}" : layer.repeat(16_000 / layer.length());
+            Servers.one().post(deep).problem(400);
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"1", "true", "null", "[]", "{}", "[\"b\"]", "{\"text\":\"b\"}", "1e999999"})
+        void has_a_text_that_is_no_text(String value) {
+            Answer answer = Servers.one().post("{\"author\":\"a\",\"body\":" + value + "}");
+            answer.problem(answer.status() == 400 ? 400 : 422, "body");
+        }
+
+        @Test void does_not_disturb_the_next_request() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.send(post("{nonsense".getBytes(UTF_8))).read().problem(400);
+                wire.send(post(Caller.message("a", "after nonsense").getBytes(UTF_8))).read().expect(201);
+            }
+        }
+    }
+
+    @Nested class JSON_that_is_fine {
+        @ParameterizedTest @ValueSource(strings = {"{\"author\":\"a\",\"body\":\"b\",\"more\":1}", "{\"body\":\"b\",\"author\":\"a\"}",
+                "\r\n\t {\"author\" : \"a\" ,\n\"body\":\"b\"}\n", "{\"\\u0061uthor\":\"\\u0061\",\"body\":\"b\"}",
+                "{\"id\":7,\"instance\":\"x\",\"createdAt\":0,\"author\":\"a\",\"body\":\"b\",\"deep\":[[[{\"x\":[null,true,-1.5e3]}]]]}"})
+        void is_taken_and_what_is_unknown_left_alone(String json) {
+            Answer answer = Servers.one().post(json).expect(201);
+            assertEquals(List.of("a", "b", "web1"), List.of(answer.text("author"), answer.text("body"), answer.text("instance")));
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"application/json", "application/json; charset=utf-8", "application/json;charset=UTF-8",
+                "Application/JSON", "application/json; charset=\"utf-8\"", "application/json ; charset=utf-8"})
+        void may_be_called_so(String type) {
+            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type", type).expect(201);
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"text/plain", "application/xml", "application/json-patch+json", "json", "*/*", ";", "application/",
+                "application/json; charset=iso-8859-1", "application/json; charset=utf-16", "multipart/form-data; boundary=x",
+                "application/octet-stream", "text/html, application/json"})
+        void may_not_be_called_so(String type) {
+            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type", type).problem(415);
+        }
+
+        @Test void has_to_be_called_something() {
+            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8)).problem(415);
+        }
+    }
+
+    @Nested class A_body {
+        @Test void of_16_KiB_is_taken() { Servers.one().post(sized(BODY_MOST)).expect(201); }
+
+        @Test void of_one_byte_more_is_too_large() { Servers.one().post(sized(BODY_MOST + 1)).problem(413); }
+
+        @ParameterizedTest @ValueSource(ints = {100_000, 1_000_000, 1_048_577, 10_000_000}) void that_is_huge_is_told_so(int size) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.push(post(sized(size)).getBytes(ISO_8859_1)).read().problem(413);
+            }
+            Servers.one().get("/healthz").expect(200);
+        }
+
+        @ParameterizedTest @ValueSource(ints = {100_000, 10_000_000}) void that_is_huge_and_of_no_type_is_told_that(int size) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                String request = request("POST", "/api/messages", "Content-Type: text/plain", "Content-Length: " + size);
+                Answer answer = wire.push((request + "x".repeat(size)).getBytes(UTF_8)).read();
+                answer.problem(answer.status() == 413 ? 413 : 415);
+            }
+        }
+
+        @ParameterizedTest @ValueSource(ints = {1, 100, 5_000, 20_000}) void may_come_in_chunks(int chunk) throws Exception {
+            Servers.one().raw(chunked(sized(BODY_MOST), chunk)).expect(201);
+        }
+
+        @ParameterizedTest @ValueSource(ints = {BODY_MOST + 1, 1_000_000, 3_000_000}) void in_chunks_may_not_be_larger_either(int size) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.push(chunked(sized(size), 8_000).getBytes(ISO_8859_1)).read().problem(413);
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"xyz\r\n{}\r\n0\r\n\r\n", "-5\r\n{}\r\n0\r\n\r\n", "5\r\n{}0\r\n\r\n", "FFFFFFFFFFFFFFFFF\r\n{}\r\n",
+                "2\r\n{}garbage\r\n0\r\n\r\n"})
+        void in_chunks_that_are_none_is_refused(String chunks) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Transfer-Encoding: chunked") + chunks).end();
+                assertEquals(4, wire.read().status() / 100);
+            } catch (EOFException closed) { /* by Undertow, inside its reader of chunks, before anybody could answer */ }
+            Servers.one().get("/healthz").expect(200);
+        }
+
+        @Test void that_ends_too_early_is_refused() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 500") + "{\"author\":\"a\"").end()
+                        .read().problem(400);
+            }
+        }
+
+        @Test void whose_sender_is_gone_leaves_nothing_behind() throws Exception {
+            String metric = "http_requests_in_flight";
+            for (int i = 0; i < 300; i++)
+                try (Wire wire = Servers.one().wire()) {
+                    wire.send(i % 3 == 0 ? request("GET", "/") : i % 3 == 1 ? post(sized(200)).substring(0, 200) : post(sized(200)));
+                    if (i % 2 == 0) wire.socket.setSoLinger(true, 0);
+                }
+            Wait.until("all are over but this one", () -> Servers.one().metric(metric) <= 1);
+            Servers.one().say("a", "still here").expect(201);
+        }
+
+        @Test void is_asked_for_when_the_sender_waits_to_be_asked() throws Exception {
+            byte[] body = sized(1_000);
+            try (Wire wire = Servers.one().wire()) {
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 1000", "Expect: 100-continue"));
+                wire.read().expect(100);
+                wire.send(body).read().expect(201);
+            }
+        }
+
+        @Test void that_is_too_large_is_not_asked_for() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 1000000", "Expect: 100-continue"))
+                        .read().problem(413);
+            }
+        }
+
+        @Test void of_a_request_that_has_no_use_for_it_is_no_next_request() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                String inner = request("GET", "/nowhere");
+                wire.send(request("GET", "/healthz", "Content-Length: " + inner.length()) + inner).read().expect(200);
+                wire.send(request("GET", "/healthz")).read().expect(200);
+            }
+        }
+    }
+
+    @Nested class A_request {
+        @ParameterizedTest @ValueSource(strings = {"//", "///", "/?", "/?x", "/?=&&=", "/?a=1&a=2", "/?%00=%00", "/?limit=%F0%9F%99%82", "/api/messages?limit=1;before=2",
+                "/healthz;x=y", "/healthz/", "/api/messages?", "/api/messages?x=%ff", "/%zz", "/%", "/%f", "/healthz?%", "/\"<>", "/a|b", "/a\\b", "/#x", "/é"})
+        void with_an_odd_path_is_answered_without_a_500(String path) throws Exception {
+            Answer answer = Servers.one().raw(request("GET", path, "Connection: close"));
+            assertTrue(Set.of(200, 400, 404).contains(answer.status()), "" + answer);
+        }
+
+        @ParameterizedTest @ValueSource(ints = {2_000, 10_000, 30_000, 100_000}) void with_a_very_long_path_is_answered(int length) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                Answer answer = wire.push(request("GET", "/" + "a".repeat(length)).getBytes(UTF_8)).read();
+                assertTrue(Set.of(400, 404, 414, 431).contains(answer.status()), "" + answer);
+            }
+        }
+
+        @Test void with_many_parameters_is_answered() throws Exception {
+            Answer answer = Servers.one().raw(request("GET", "/api/messages?limit=1" + "&x=1".repeat(500)));
+            assertTrue(Set.of(200, 400).contains(answer.status()), "" + answer);
+        }
+
+        @Test void with_300_headers_is_answered() throws Exception {
+            String[] headers = Stream.iterate(1, n -> n + 1).limit(300).map(n -> "X-" + n + ": " + n).toArray(String[]::new);
+            Answer answer = Servers.one().raw(request("GET", "/healthz", headers));
+            assertTrue(Set.of(200, 400, 431).contains(answer.status()), "" + answer);
+        }
+
+        @ParameterizedTest @ValueSource(ints = {8_000, 64 * 1024, 1_000_000}) void with_a_very_long_header_is_answered(int length) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                Answer answer = wire.push(request("GET", "/healthz", "X-Long: " + "a".repeat(length)).getBytes(UTF_8)).read();
+                assertTrue((length < 10_000 ? Set.of(200) : Set.of(400, 431)).contains(answer.status()), "" + answer);
+            }
+        }
+
+        @Test void without_a_host_is_refused() throws Exception {
+            assertEquals(400, Servers.one().raw("GET /healthz HTTP/1.1\r\n\r\n").status());
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"nonsense\r\n\r\n", "GET\r\n\r\n", "GET /\r\n\r\n", "GET / FTP/1.1\r\nHost: x\r\n\r\n",
+                "GET  /healthz  HTTP/1.1\r\nHost: x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost: x\r\n: empty\r\n\r\n",
+                "GET /healthz HTTP/1.1\r\nHost: x\r\nBad Name: y\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"})
+        void that_is_no_http_is_refused(String text) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                int status = wire.send(text).end().read().status();
+                assertTrue(status >= 400 && status < 500 || status == 505 || status == 501, "status " + status);
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT localhost:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+                "TRACE / HTTP/1.1\r\nHost: x\r\nCookie: secret\r\n\r\n", "get / HTTP/1.1\r\nHost: x\r\n\r\n"})
+        void with_an_odd_method_gets_no_500_and_no_echo(String text) throws Exception {
+            Answer answer = Servers.one().raw(text);
+            assertTrue(answer.status() == 200 && text.startsWith("OPTIONS") || answer.status() == 204 || answer.status() / 100 == 4, "" + answer);
+            assertFalse(answer.body().contains("secret"), "" + answer);
+        }
+
+        @Test void with_a_whole_url_is_answered() throws Exception {
+            Servers.one().raw("GET http://example.org/healthz HTTP/1.1\r\nHost: example.org\r\n\r\n").expect(200);
+        }
+
+        @Test void of_http_1_0_is_answered_and_the_connection_closed() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.send("GET /healthz HTTP/1.0\r\n\r\n").read().expect(200);
+                assertTrue(wire.isClosed());
+            }
+        }
+
+        @Test void that_asks_to_close_is_closed() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                assertEquals("close", wire.send(request("GET", "/", "Connection: close")).read().expect(200).header("connection"));
+                assertTrue(wire.isClosed());
+            }
+        }
+
+        @Test void after_request_is_answered_in_turn_on_one_connection() throws Exception {
+            byte[] body = sized(500);
+            try (Wire wire = Servers.one().wire()) {
+                wire.send(request("GET", "/healthz") + post(body) + request("GET", "/nowhere") + post("{".getBytes(UTF_8))
+                        + request("GET", "/") + post(body) + request("GET", "/healthz"));
+                List<Integer> status = new ArrayList<>();
+                for (int i = 0; i < 7; i++) status.add(wire.read().status());
+                assertEquals(List.of(200, 201, 404, 400, 200, 201, 200), status);
+            }
+        }
+
+        @Test void that_comes_byte_by_byte_is_answered() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                wire.socket.setTcpNoDelay(true);
+                for (byte one : post(sized(100)).getBytes(UTF_8)) wire.send(new byte[] {one});
+                wire.read().expect(201);
+            }
+        }
+    }
+
+    /** A proxy in front that understands a request otherwise than we do would let a second one through. */
+    @Nested class A_request_within_a_request {
+        private static final String INNER = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
+
+        static List<String> heads() {
+            return List.of("Content-Length: 4\r\nContent-Length: 40", "Content-Length: 4, 40", "Content-Length: -1", "Content-Length: abc",
+                    "Content-Length: 99999999999999999999", "Content-Length: +4", "Content-Length: 0x4", "Transfer-Encoding: xchunked", "Transfer-Encoding: gzip",
+                    "Transfer-Encoding: chunked, identity", "Transfer-Encoding : chunked", "Content-Length: 4\r\n Transfer-Encoding: chunked");
+        }
+
+        @ParameterizedTest @MethodSource("heads") void is_refused_if_its_length_is_in_doubt(String head) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER)
+                        .end().read();
+                assertTrue(answer.status() / 100 == 4 || answer.status() == 501, "" + answer);
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5",
+                "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Transfer-Encoding: identity\r\nContent-Length: 5"})
+        void is_refused_or_ends_the_connection_if_two_lengths_are_given(String head) throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER).read();
+                assertTrue(answer.status() / 100 == 4 || answer.status() == 501, "" + answer);
+                assertTrue(wire.isClosed(), "expected that the connection ends, actual: it went on");
+            }
+        }
+    }
+}

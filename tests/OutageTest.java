@@ -1,0 +1,482 @@
+import com.google.gson.JsonObject;
+import org.junit.jupiter.api.Nested;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.EnumSource;
+import redis.clients.jedis.Jedis;
+
+import java.io.IOException;
+import java.net.ConnectException;
+import java.util.ArrayList;
+import java.util.Collections;
+import java.util.HashMap;
+import java.util.HashSet;
+import java.util.List;
+import java.util.Map;
+import java.util.Set;
+import java.util.TreeMap;
+import java.util.UUID;
+import java.util.concurrent.Callable;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.Executor;
+import java.util.concurrent.ExecutorService;
+import java.util.concurrent.Executors;
+import java.util.concurrent.LinkedBlockingQueue;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicInteger;
+import java.util.stream.IntStream;
+import java.util.stream.Stream;
+
+import static java.nio.charset.StandardCharsets.UTF_8;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+/** What an instance does while PostgreSQL or Redis is away, when it comes back, and when it leaves itself. */
+class OutageTest {
+    static final String KEY = "Idempotency-Key";
+
+    enum Trouble { CUT, HANG }
+
+    /** An instance with its own cables to both servers and a board of its own. */
+    static final class Wired implements AutoCloseable {
+        final Cable postgres = new Cable(Servers.databasePort()), redis = new Cable(Servers.redisPort());
+        final String database = Servers.newDatabase();
+        final Instance instance;
+
+        Wired(String name) throws IOException { this(name, true); }
+
+        Wired(String name, boolean connected) throws IOException {
+            if (!connected) {
+                postgres.cut();
+                redis.cut();
+            }
+            Map<String, String> environment = new HashMap<>(Servers.environment(database));
+            environment.putAll(Map.of("DB_PORT", "" + postgres.port(), "REDIS_PORT", "" + redis.port()));
+            instance = new Instance(name, environment);
+            if (connected) {
+                instance.awaitReady();
+                instance.say("a", "before").expect(201);
+            }
+        }
+
+        static void trouble(Cable cable, Trouble how) throws IOException {
+            if (how == Trouble.CUT) cable.cut();
+            else cable.hang();
+        }
+
+        @Override public void close() throws IOException {
+            instance.close();
+            postgres.close();
+            redis.close();
+        }
+    }
+
+    /** Fails if the answer takes longer than the contract promises. */
+    static Answer inTime(Callable<Answer> request) throws Exception {
+        long begun = System.nanoTime();
+        Answer answer = request.call();
+        long millis = (System.nanoTime() - begun) / 1_000_000;
+        assertTrue(millis < Wait.PROMISED.toMillis(), "expected an answer within 2 s, actual: after " + millis + " ms " + answer);
+        return answer;
+    }
+
+    /** The threads of the services in this process, by name; not those that the tests need to ask them. */
+    static Map<String, Integer> threads() {
+        Map<String, Integer> count = new TreeMap<>();
+        for (Thread thread : Thread.getAllStackTraces().keySet())
+            if (!thread.getName().matches("(HttpClient|ForkJoinPool|VirtualThread|test-|junit|Read-Poller|Write-Poller|Keep-Alive|Thread-|pool-|Cleaner|process |Common-Cleaner|PostgreSQL-JDBC).*"))
+                count.merge(thread.getName(), 1, Integer::sum);
+        return count;
+    }
+
+    @Nested class While_Redis_is_away {
+        @ParameterizedTest @EnumSource(Trouble.class) void all_works_but_the_counting(Trouble how) throws Exception {
+            try (Wired wired = new Wired("lone")) {
+                Instance instance = wired.instance;
+                long before = instance.visits();
+                Wired.trouble(wired.redis, how);
+                assertTrue(inTime(() -> instance.get("/")).expect(200).json().get("visits").isJsonNull());
+                assertEquals(200, inTime(() -> instance.get("/", "Accept", "text/html")).status());
+                inTime(() -> instance.get("/api/visits")).unavailable();
+                Answer stored = inTime(() -> instance.say("a", "without Redis")).expect(201);
+                inTime(() -> instance.get(stored.header("location"))).expect(200);
+                inTime(() -> instance.get("/api/messages")).expect(200);
+                inTime(() -> instance.get("/healthz")).expect(200);
+                JsonObject ready = inTime(() -> instance.get("/readyz")).expect(200).json();
+                assertEquals("degraded", ready.get("status").getAsString());
+                assertEquals("down", ready.getAsJsonObject("dependencies").get("redis").getAsString());
+                wired.redis.mend();
+                Wait.until("it counts again", Wait.PROMISED, () -> instance.visits() > before);
+                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").text("status").equals("ready"));
+                instance.get("/api/visits").expect(200);
+            }
+        }
+
+        @Test void each_time_it_goes_and_comes_is_seen() throws Exception {
+            try (Wired wired = new Wired("lone")) {
+                for (int i = 0; i < 3; i++) {
+                    wired.redis.cut();
+                    Wait.until("visits are null", Wait.PROMISED, () -> wired.instance.get("/").expect(200).json().get("visits").isJsonNull());
+                    wired.redis.mend();
+                    Wait.until("it counts again", Wait.PROMISED, () -> wired.instance.visits() > 0);
+                }
+            }
+        }
+
+        @Test void a_connection_that_is_cut_costs_no_number_twice() throws Exception {
+            Set<Long> numbers = ConcurrentHashMap.newKeySet();
+            try (Wired wired = new Wired("cutter"); Jedis jedis = new Jedis("127.0.0.1", Servers.redisPort())) {
+                long before = wired.instance.total();
+                AtomicInteger counted = new AtomicInteger();
+                CompletableFuture<Void> cutting = Wait.meanwhile(() -> {
+                    for (int i = 0; i < 10; i++) {
+                        for (String client : jedis.clientList().split("\n"))
+                            if (client.contains("name=threefold-cutter"))
+                                try {
+                                    jedis.clientKill(client.replaceAll("(?s).*?addr=(\\S+).*", "$1"));
+                                } catch (RuntimeException e) { /* it was gone already */ }
+                        Wait.until("it counts again", () -> counted.get() > 0);
+                        counted.set(0);
+                    }
+                    return null;
+                });
+                while (!cutting.isDone()) {
+                    Answer answer = wired.instance.get("/").expect(200);
+                    if (answer.json().get("visits").isJsonNull()) continue;
+                    assertTrue(numbers.add(answer.json().get("visits").getAsLong()), "a number of its own in " + answer);
+                    counted.incrementAndGet();
+                }
+                cutting.get(30, TimeUnit.SECONDS);
+                Wait.until("all that was acknowledged is counted", () -> wired.instance.total() >= before + numbers.size());
+            }
+        }
+    }
+
+    @Nested class While_PostgreSQL_is_away {
+        @ParameterizedTest @EnumSource(Trouble.class) void messages_are_unavailable_and_the_rest_works(Trouble how) throws Exception {
+            try (Wired wired = new Wired("lone")) {
+                Instance instance = wired.instance;
+                String key = UUID.randomUUID().toString();
+                Answer stored = instance.say("a", "kept").expect(201);
+                Wired.trouble(wired.postgres, how);
+                inTime(() -> instance.say("a", "not stored", KEY, key)).unavailable();
+                inTime(() -> instance.get("/api/messages")).unavailable();
+                inTime(() -> instance.get(stored.header("location"))).unavailable();
+                inTime(() -> instance.form("author=a&body=b")).unavailable();
+                long visits = inTime(() -> instance.get("/")).expect(200).json().get("visits").getAsLong();
+                assertEquals(visits + 1, instance.visits());
+                inTime(() -> instance.get("/api/visits")).expect(200);
+                assertEquals(200, inTime(() -> instance.get("/", "Accept", "text/html")).status());
+                inTime(() -> instance.get("/healthz")).expect(200);
+                Answer ready = inTime(() -> instance.get("/readyz")).expect(503);
+                assertEquals("down", ready.json().getAsJsonObject("dependencies").get("postgres").getAsString());
+                wired.postgres.mend();
+                Wait.until("messages are stored again", Wait.PROMISED, () -> instance.say("a", "back", KEY, "back").status() / 100 == 2);
+                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").status() == 200);
+                assertEquals("kept", instance.get(stored.header("location")).expect(200).text("body"));
+                assertEquals(2, instance.say("a", "not stored", KEY, key).status() / 100);
+                assertEquals(List.of("1"), Servers.sql(wired.database, "SELECT count(*) FROM messages WHERE body = 'not stored'"));
+            }
+        }
+
+        @Test void each_time_it_goes_and_comes_is_seen() throws Exception {
+            try (Wired wired = new Wired("lone")) {
+                for (int i = 0; i < 3; i++) {
+                    wired.postgres.cut();
+                    Wait.until("it is not ready", Wait.PROMISED, () -> wired.instance.get("/readyz").status() == 503);
+                    wired.postgres.mend();
+                    Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages").status() == 200);
+                }
+            }
+        }
+
+        @Test void two_hundred_requests_at_once_are_answered_in_time_by_no_more_threads() throws Exception {
+            try (Wired wired = new Wired("crowded")) {
+                Map<String, Integer> before = threads();
+                wired.postgres.hang();
+                List<Callable<Answer>> requests = new ArrayList<>();
+                for (int i = 0; i < 200; i++) {
+                    int n = i;
+                    requests.add(() -> inTime(() -> n % 2 == 0 ? wired.instance.say("a", "in a crowd") : wired.instance.get("/api/messages")));
+                }
+                CompletableFuture<Map<String, Integer>> during = Wait.meanwhile(() -> {
+                    Wait.until("many wait", () -> wired.instance.metric("http_requests_in_flight") > 20);
+                    return threads();
+                });
+                for (Answer answer : Wait.together(requests)) answer.unavailable();
+                assertEquals(before, during.get(20, TimeUnit.SECONDS));
+                assertEquals(before, threads());
+                wired.postgres.mend();
+                Wait.until("it serves again", Wait.PROMISED, () -> wired.instance.get("/api/messages").status() == 200);
+            }
+        }
+
+        @Test void a_short_break_between_requests_is_not_even_noticed() throws Exception {
+            try (Wired wired = new Wired("brief")) {
+                wired.postgres.cut();
+                wired.postgres.mend();
+                Wait.until("it is ready", Wait.PROMISED, () -> wired.instance.get("/readyz").status() == 200);
+                wired.instance.say("a", "over a new connection").expect(201);
+            }
+        }
+    }
+
+    @Nested class An_instance_that_starts_before_its_servers {
+        @Test void says_so_and_serves_as_soon_as_they_come() throws Exception {
+            try (Wired wired = new Wired("early", false)) {
+                Instance instance = wired.instance;
+                inTime(() -> instance.get("/healthz")).expect(200);
+                assertTrue(inTime(() -> instance.get("/")).expect(200).json().get("visits").isJsonNull());
+                inTime(() -> instance.say("a", "too early")).unavailable();
+                instance.get("/readyz").expect(503);
+                wired.redis.mend();
+                wired.postgres.mend();
+                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").expect(200).text("status").equals("ready"));
+                instance.say("a", "in time").expect(201);
+                assertTrue(instance.visits() > 0);
+            }
+        }
+    }
+
+    @Nested class A_message_whose_connection_is_lost {
+        @ParameterizedTest @EnumSource(Trouble.class) void between_its_statement_and_the_answer_is_stored_once(Trouble retry) throws Exception {
+            try (Wired wired = new Wired("loser")) {
+                String body = "lost " + UUID.randomUUID();
+                wired.postgres.loseAnswerTo(body);
+                String[] key = retry == Trouble.HANG ? new String[] {KEY, body.replace(' ', '-')} : new String[0];
+                Answer answer = wired.instance.say("a", body, key);
+                assertTrue(wired.postgres.hasLost(), "the answer of PostgreSQL was lost");
+                // Under a key of its own, an instance that asks again can't know whether it was not another one before.
+                answer.expect(key.length == 0 ? 201 : answer.status() == 200 ? 200 : 201);
+                assertEquals(List.of("" + answer.id()), Servers.sql(wired.database, "SELECT id FROM messages WHERE body = '" + body + "'"));
+            }
+        }
+
+        @Test void again_and_again_is_neither_lost_nor_doubled() throws Exception {
+            try (Wired wired = new Wired("victim")) {
+                Map<String, Long> acknowledged = new ConcurrentHashMap<>();
+                AtomicInteger next = new AtomicInteger();
+                CompletableFuture<Void> over = new CompletableFuture<>();
+                Callable<Void> writer = () -> {
+                    while (!over.isDone()) {
+                        String key = "k" + next.incrementAndGet();
+                        Wait.until("stored in the end", () -> {
+                            Answer answer = wired.instance.say("a", key, KEY, key);
+                            if (answer.status() == 503) answer.unavailable();
+                            else acknowledged.put(key, answer.expect(answer.status() == 200 ? 200 : 201).id());
+                            return answer.status() != 503;
+                        });
+                    }
+                    return null;
+                };
+                Callable<Void> killer = () -> {
+                    for (int i = 0; i < 40; i++) {
+                        int seen = acknowledged.size();
+                        Servers.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'threefold victim'");
+                        if (i % 8 == 0) Wait.until("some more are stored", () -> acknowledged.size() > seen + 5);
+                    }
+                    over.complete(null);
+                    return null;
+                };
+                Wait.together(List.of(writer, writer, writer, writer, () -> { try { return killer.call(); } finally { over.complete(null); } }));
+                Set<String> stored = new HashSet<>(Servers.sql(wired.database, "SELECT body || ' ' || id FROM messages WHERE body LIKE 'k%'"));
+                List<String> all = Servers.sql(wired.database, "SELECT body FROM messages WHERE body LIKE 'k%'");
+                assertEquals(all.stream().distinct().count(), all.size(), "each once");
+                acknowledged.forEach((key, id) -> assertTrue(stored.contains(key + ' ' + id), "expected " + key + " as " + id));
+                assertEquals(acknowledged.keySet(), new HashSet<>(all), "acknowledged and stored");
+            }
+        }
+    }
+
+    @Nested class An_instance_that_leaves {
+        private static Instance leave(Instance instance) {
+            instance.close();
+            return instance;
+        }
+
+        @Test void first_is_not_ready_then_refuses_then_finishes_what_it_began() throws Exception {
+            Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
+            environment.put("DRAIN_MILLIS", "1500");
+            try (Instance instance = new Instance("leaver", environment); Wire slow = instance.wire(); Wire idle = instance.wire();
+                 EventsTest.Viewer viewer = new EventsTest.Viewer(instance, "")) {
+                instance.awaitReady();
+                idle.send(HttpTest.request("GET", "/healthz")).read().expect(200);
+                byte[] request = HttpTest.post(HttpTest.sized(1_000)).getBytes(UTF_8);
+                slow.send(java.util.Arrays.copyOf(request, 500));
+                Wait.until("it has begun", () -> instance.metric("http_requests_in_flight") >= 3); // the slow one, the viewer, this
+                CompletableFuture<Instance> leaving = Wait.meanwhile(() -> leave(instance));
+
+                Wait.until("it is not ready", () -> instance.raw(HttpTest.request("GET", "/readyz")).status() == 503);
+                Answer ready = instance.raw(HttpTest.request("GET", "/readyz")).expect(503);
+                assertEquals("draining", ready.text("status"));
+                for (Answer still : List.of(idle.send(HttpTest.request("GET", "/")).read().expect(200), ready,
+                        instance.raw(HttpTest.post(HttpTest.sized(100))).expect(201), instance.raw(HttpTest.request("GET", "/api/messages")).expect(200)))
+                    assertEquals("close", still.header("connection"), "" + still);
+                assertTrue(idle.isClosed());
+                assertFalse(viewer.hasEnded(), "the stream goes on until the port closes");
+
+                Wait.until("the port is closed", () -> {
+                    try (Wire wire = instance.wire()) { return false; } catch (ConnectException e) { return true; }
+                });
+                assertFalse(leaving.isDone(), "it waits for what it began");
+                slow.send(java.util.Arrays.copyOfRange(request, 500, request.length)).read().expect(201);
+                Wait.until("the stream ended", viewer::hasEnded);
+                leaving.get(10, TimeUnit.SECONDS);
+                Wait.until("it says so", () -> Evidence.all().stream().anyMatch(line -> line.contains("\"event\":\"stopped\",\"inFlight\":0")));
+            }
+        }
+
+        @Test void leaves_no_thread_and_no_connection_behind() throws Exception {
+            Servers.one();
+            Map<String, Integer> before = threads();
+            for (int i = 0; i < 3; i++)
+                try (Instance instance = new Instance("tidy", Servers.environment(Servers.newDatabase()))) {
+                    instance.awaitReady();
+                    instance.say("a", "b").expect(201);
+                    instance.get("/", "Accept", "text/html").expect(200);
+                }
+            Wait.until("its threads are gone", () -> {
+                threads().forEach((name, count) -> assertTrue(count <= before.getOrDefault(name, 0), name + " in " + threads() + ", before: " + before));
+                return true;
+            });
+            try (Jedis jedis = new Jedis("127.0.0.1", Servers.redisPort())) {
+                Wait.until("its connections to Redis are gone", () -> !jedis.clientList().contains("threefold-tidy"));
+            }
+            Wait.until("its connections to PostgreSQL are gone", () -> {
+                assertEquals(List.of("0"), Servers.sql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'threefold tidy'"));
+                return true;
+            });
+        }
+
+        @Test void does_not_wait_for_ever_for_a_request_that_does_not_end() throws Exception {
+            try (Instance instance = new Instance("patient", Servers.environment(Servers.newDatabase())); Wire slow = instance.wire()) {
+                instance.awaitReady();
+                slow.send(HttpTest.post(HttpTest.sized(1_000)).substring(0, 500));
+                Wait.until("it has begun", () -> instance.metric("http_requests_in_flight") >= 2);
+                Wait.meanwhile(() -> leave(instance)).get(15, TimeUnit.SECONDS);
+            }
+        }
+    }
+
+    @Nested class A_batcher {
+        private final List<Integer> sizes = Collections.synchronizedList(new ArrayList<>());
+        private final CountDownLatch gate = new CountDownLatch(1);
+
+        /** Doubles what it is asked; the first batch waits until the gate opens. */
+        private Service.Batcher<Integer, Integer> doubling(int capacity) {
+            return new Service.Batcher<>("doubling", capacity, sizes::add, batch -> {
+                gate.await();
+                if (batch.contains(-1)) throw new IllegalStateException("unlucky");
+                return batch.stream().map(n -> 2 * n).toList();
+            });
+        }
+
+        @Test void sends_a_batch_of_one_at_once_when_it_is_idle() throws Exception {
+            gate.countDown();
+            try (var batcher = doubling(10)) {
+                for (int i = 0; i < 5; i++) {
+                    CompletableFuture<Integer> answer = new CompletableFuture<>();
+                    assertTrue(batcher.offer(i, Runnable::run, (a, failure) -> answer.complete(a)));
+                    assertEquals(2 * i, answer.get(5, TimeUnit.SECONDS));
+                }
+                assertEquals(List.of(1, 1, 1, 1, 1), sizes);
+            }
+        }
+
+        @Test void gathers_what_comes_while_it_is_busy_and_answers_each_its_own_in_order() throws Exception {
+            try (var batcher = doubling(100)) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                batcher.offer(0, Runnable::run, (a, failure) -> answers.add("0:" + a));
+                Wait.until("it is busy", () -> sizes.equals(List.of(1)));
+                for (int i = 1; i <= 50; i++) {
+                    int n = i;
+                    batcher.offer(n, Runnable::run, (a, failure) -> answers.add(n + ":" + a));
+                }
+                gate.countDown();
+                Wait.until("all are answered", () -> answers.size() == 51);
+                assertEquals(List.of(1, 50), sizes);
+                assertEquals(IntStream.rangeClosed(0, 50).mapToObj(n -> n + ":" + 2 * n).toList(), new ArrayList<>(answers));
+            }
+        }
+
+        @Test void tells_everybody_in_a_batch_that_it_failed_and_goes_on() throws Exception {
+            try (var batcher = doubling(100)) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                batcher.offer(0, Runnable::run, (a, failure) -> answers.add("" + a));
+                Wait.until("it is busy", () -> sizes.size() == 1);
+                for (int n : List.of(1, -1, 2)) batcher.offer(n, Runnable::run, (a, failure) -> answers.add(a + " " + failure.getMessage()));
+                gate.countDown();
+                Wait.until("all are answered", () -> answers.size() == 4);
+                assertEquals(List.of("0", "null unlucky", "null unlucky", "null unlucky"), new ArrayList<>(answers));
+                batcher.offer(21, Runnable::run, (a, failure) -> answers.add("" + a));
+                Wait.until("it goes on", () -> answers.contains("42"));
+            }
+        }
+
+        @Test void turns_away_what_is_more_than_may_wait() throws Exception {
+            try (var batcher = doubling(5)) {
+                AtomicInteger answered = new AtomicInteger();
+                batcher.offer(0, Runnable::run, (a, failure) -> answered.incrementAndGet());
+                Wait.until("it is busy", () -> sizes.size() == 1);
+                for (int i = 1; i <= 5; i++) assertTrue(batcher.offer(i, Runnable::run, (a, failure) -> answered.incrementAndGet()), "" + i);
+                assertFalse(batcher.offer(6, Runnable::run, (a, failure) -> answered.addAndGet(100)));
+                gate.countDown();
+                Wait.until("those that were taken are answered", () -> answered.get() == 6);
+            }
+        }
+
+        /** An I/O thread, as far as a batcher knows one; counts how often the batcher wakes it. */
+        private static final class Home implements Executor, AutoCloseable {
+            final AtomicInteger wakeUps = new AtomicInteger();
+            private final ExecutorService thread = Executors.newSingleThreadExecutor(work -> new Thread(work, "test-home"));
+
+            @Override public void execute(Runnable work) {
+                if (Thread.currentThread().getName().equals("doubling")) wakeUps.incrementAndGet();
+                thread.execute(work);
+            }
+
+            @Override public void close() { thread.close(); }
+        }
+
+        @Test void wakes_every_thread_once_for_all_of_its_answers() throws Exception {
+            try (var batcher = doubling(100); Home one = new Home(); Home two = new Home()) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                batcher.offer(0, Runnable::run, (a, failure) -> {});
+                Wait.until("it is busy", () -> sizes.size() == 1);
+                for (Home home : List.of(one, two))
+                    home.thread.submit(() -> {
+                        for (int i = 1; i <= 10; i++) batcher.offer(i, home, (a, failure) -> answers.add(Thread.currentThread().getName() + a));
+                    }).get();
+                for (Home home : List.of(one, two)) home.thread.submit(() -> {}).get(); // its turn is over
+                gate.countDown();
+                Wait.until("all are answered", () -> answers.size() == 20);
+                assertEquals(List.of(1, 20), sizes);
+                assertEquals(List.of(1, 1), List.of(one.wakeUps.get(), two.wakeUps.get()));
+                assertTrue(answers.stream().allMatch(answer -> answer.startsWith("test-home")), "each on its own thread: " + answers);
+            }
+        }
+
+        @Test void ends_its_thread_when_it_is_closed() {
+            var batcher = doubling(1);
+            batcher.close();
+            Wait.until("its thread has ended", () -> !threads().containsKey("doubling"));
+        }
+    }
+
+    @Nested class More_requests_than_may_wait {
+        @Test void are_told_to_come_again_and_all_get_an_answer() throws Exception {
+            try (Wired wired = new Wired("full")) {
+                wired.postgres.hang();
+                List<Callable<Answer>> requests = Collections.nCopies(1_300, () -> wired.instance.get("/api/messages?limit=1"));
+                Map<Integer, Integer> byStatus = new TreeMap<>();
+                for (Answer answer : Wait.together(requests)) byStatus.merge(answer.unavailable().status(), 1, Integer::sum);
+                assertEquals(Map.of(503, 1_300), byStatus);
+                wired.postgres.mend();
+                Wait.until("it serves again", Wait.PROMISED, () -> wired.instance.get("/api/messages?limit=1").status() == 200);
+            }
+        }
+    }
+}

@@ -1,0 +1,53 @@
+-- What wrk sends and tells: wrk … -s load.lua URL -- get|post|overload [TEXT [RATE]]
+-- Prints one line: requests that were answered well, microseconds, p50 and p99 in microseconds, requests that were not;
+-- for `overload`: 201s, 503s with Retry-After, other answers, connections that broke.
+local ffi = require("ffi")
+ffi.cdef "typedef struct { long seconds, micros; } timeval; int gettimeofday(timeval *, void *);"
+
+local threads = {}
+function setup(thread) table.insert(threads, thread) end
+
+-- RATE a second from this thread, at random times as from people who don't know of each other (a Poisson process): each
+-- answer frees its connection for the next time on the list.
+local function pace(rate)
+  local now, last = ffi.new("timeval")
+  math.randomseed(tonumber(tostring({}):match("0x(%x+)"), 16) % 2^31)
+  function delay()
+    ffi.C.gettimeofday(now, nil)
+    local millis = tonumber(now.seconds) * 1000 + tonumber(now.micros) / 1000
+    last = (last or millis) - 1000 / rate * math.log(1 - math.random())
+    return math.max(0, math.floor(last - millis + 0.5))
+  end
+end
+
+stored, refused, other = 0, 0, 0
+local function count(status, headers)
+  if status == 201 then stored = stored + 1
+  elseif status == 503 and headers["Retry-After"] then refused = refused + 1
+  else other = other + 1 end
+end
+
+function init(args)
+  overload = args[1] == "overload"
+  if args[1] ~= "get" then
+    wrk.method = "POST"
+    wrk.headers["Content-Type"] = "application/json"
+    wrk.body = '{"author":"bench","body":"' .. args[2] .. '"}'
+  end
+  if args[3] then pace(tonumber(args[3])) end
+  if overload then response = count end
+end
+
+function done(summary, latency)
+  local broken = summary.errors.connect + summary.errors.read + summary.errors.write
+  if threads[1]:get("overload") then
+    local sum = {stored = 0, refused = 0, other = 0}
+    for _, thread in ipairs(threads) do
+      for what in pairs(sum) do sum[what] = sum[what] + thread:get(what) end
+    end
+    print("wrk", sum.stored, sum.refused, sum.other, broken)
+  else
+    print("wrk", summary.requests - summary.errors.status, summary.duration, latency:percentile(50),
+      latency:percentile(99), broken + summary.errors.timeout + summary.errors.status)
+  end
+end
