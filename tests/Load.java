@@ -67,6 +67,7 @@ public final class Load {
 
     private String command(String[] words) throws Exception {
         return switch (words[0]) {
+            case "hello"       -> "hello";
             case "start"       -> start(words[1], Mode.valueOf(words[2]));
             case "mark"        -> mark();               // what was broken is well again: measure from here
             case "seen"        -> "instances=" + tally.answeredSince(now() - 1_000);
@@ -130,7 +131,14 @@ public final class Load {
         clients.clear();
         for (int i = 0; i < CLIENTS; i++) clients.add(new Client(i));
         clients.forEach(Thread::start);
+        awaitAnswers();
         return "started";
+    }
+
+    /** A second of load, or on a busy machine as much load as that; not for ever, if there are no answers. */
+    private void awaitAnswers() {
+        int enough = tally.good() + CLIENTS * 1_000 / PERIOD_MILLIS;
+        for (long giveUp = now() + READ_MILLIS; tally.good() < enough && now() < giveUp; ) pause(20);
     }
 
     private String mark() {
@@ -140,6 +148,7 @@ public final class Load {
 
     /** Ends the load, reads back what it stored, and says how it went: `name=value` words, then details. */
     private String stop() throws Exception {
+        awaitAnswers();
         running = false;
         for (Client client : clients) client.join();
         tally.ended = now();
@@ -311,7 +320,7 @@ public final class Load {
         private final Map<String, Long> lastAnswerOf = new TreeMap<>();
         private final List<String> failures = new ArrayList<>(), countingErrors = new ArrayList<>();
         private final long began = now();
-        private int posts, visits, reads;
+        private int posts, visits, reads, good;
         private long slowest, lastGood = began, longestGap, lastBad;
         int visitsTried, visitsTold;
         volatile long marked = Long.MAX_VALUE;
@@ -333,12 +342,14 @@ public final class Load {
                 lastAnswerOf.put(attempt.answer.header("x-instance-id"), attempt.ended);
             }
             if (attempt.isGood()) {
+                good++;
                 longestGap = Math.max(longestGap, attempt.ended - lastGood);
                 lastGood = attempt.ended;
             }
             if (!attempt.isGood() || attempt.isDegraded()) lastBad = attempt.ended;
         }
 
+        synchronized int good() { return good; }
         synchronized void failed(Request request, String how) { failures.add(request + " at " + how); }
         synchronized void visitTold() { visitsTold++; }
         synchronized void countingError(String error) { countingErrors.add(error); }
