@@ -479,18 +479,19 @@ public final class Load {
     // ---------------------------------------------------------------------------- One instance, as it leaves
 
     private final List<Direct> directs = new ArrayList<>();
+    private volatile boolean directing;
 
     /** Ten connections as nginx keeps them: used again after 0.1 to 1.9 s, unless the instance said otherwise. */
     private String direct(String instance) {
         directs.clear();
-        running = true;
+        directing = true;
         for (int i = 0; i < 10; i++) directs.add(new Direct(instance, 100 + 200 * i));
         directs.forEach(Thread::start);
         return "started";
     }
 
     private String directStop() throws InterruptedException {
-        running = false;
+        directing = false;
         for (Direct direct : directs) direct.join();
         List<String> cut = directs.stream().filter(d -> d.cut != null).map(d -> "idle " + d.idle + " ms: " + d.cut).toList();
         long firstTold = directs.stream().mapToLong(d -> d.firstTold).filter(time -> time > 0).min().orElse(0);
@@ -515,7 +516,7 @@ public final class Load {
         /** Until the port is closed: to be refused is fair, to be cut off without having been asked to go is not. */
         @Override public void run() {
             Connection connection = new Connection(instance, port, 1_000);
-            for (; running; pause(idle)) {
+            for (; directing; pause(idle)) {
                 try {
                     connection.open();
                 } catch (IOException refused) {
