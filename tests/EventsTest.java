@@ -197,7 +197,7 @@ class EventsTest {
             try (Instance board = new Instance("slow", Servers.environment(Servers.newDatabase()));
                  Wire slow = new Wire(board.port, 4_096); Viewer other = new Viewer(board, "")) {
                 slow.send(HttpTest.request("GET", "/api/events")).read(true).expect(200);
-                assertEquals(2, board.metric("event_viewers"));
+                Wait.until("both have joined", () -> board.metric("event_viewers") == 2);
                 String long2000 = MessagesTest.SMILE.repeat(1_900);
                 List<Long> stored = new ArrayList<>();
                 for (int round = 0; round < 60 && board.metric("event_viewers") > 1; round++) {

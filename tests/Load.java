@@ -513,10 +513,14 @@ public final class Load {
             this.idle = idle;
         }
 
-        /** Until the port is closed: to be refused is fair, to be cut off without having been asked to go is not. */
+        /**
+         * Until the port is closed. To be refused is fair, and so is a reset of a connection that was just opened (it
+         * waited in the queue when the port closed); to be cut off on one that was kept, and not asked to go, is not.
+         */
         @Override public void run() {
             Connection connection = new Connection(instance, port, 1_000);
             for (; directing; pause(idle)) {
+                boolean kept = connection.isOpen();
                 try {
                     connection.open();
                 } catch (IOException refused) {
@@ -528,7 +532,7 @@ public final class Load {
                     lastAnswer = now();
                     if (answer.closes() && firstTold == 0) firstTold = lastAnswer;
                 } catch (IOException e) {
-                    cut = e.toString();
+                    if (kept) cut = e.toString();
                     return;
                 }
             }
@@ -763,6 +767,7 @@ public final class Load {
             }
         }
 
+        boolean isOpen() { return socket != null; }
         String ownAddress() { return socket.getLocalAddress().getHostAddress(); }
 
         /** Closes without the usual good-bye: the other side sees a reset. */
