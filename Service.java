@@ -1109,6 +1109,7 @@ public final class Service implements AutoCloseable {
         private void send(ServerSentEventConnection viewer, String event, Long id, String data, Runnable whenSent) {
             AtomicInteger waiting = behind.get(viewer);
             if (waiting == null) return;
+            metrics.told.labelValues(event).inc();
             if (waiting.incrementAndGet() > MOST_BEHIND) IoUtils.safeClose(viewer);
             else viewer.send(data, event, id == null ? null : id.toString(), new ServerSentEventConnection.EventCallback() {
                 @Override public void done(ServerSentEventConnection v, String d, String e, String i) {
@@ -1531,6 +1532,9 @@ public final class Service implements AutoCloseable {
         private final Histogram batches = Histogram.builder().name("batch_size").classicOnly()
                 .help("Requests answered by one statement").labelNames("batcher")
                 .classicUpperBounds(1, 2, 4, 8, 16, 32, 64, 128, 256, 512).register(registry);
+
+        private final Counter told = Counter.builder().name("events_told_total")
+                .help("Live events given to viewers, one for each viewer").labelNames("event").register(registry);
 
         Metrics() {
             GaugeWithCallback.builder().name("dependency_up").help("1 if it answered last time, 0 if not")
