@@ -59,9 +59,7 @@ rolling: ## replaces the web instances one at a time, without a failed request
 
 .PHONY: scale
 scale: ## N web instances in all, 3 to 20, without a failed request: make scale N=6
-	@[[ "$(N)" =~ ^([3-9]|1[0-9]|20)$$ ]] || { echo "usage: make scale N=6   (3 to 20 web instances; N was \"$(N)\")"; exit 2; }
-	@docker compose up --detach --no-deps --no-recreate --wait --scale web-more=$$(($(N) - 3)) web-more
-	@echo "$(N) web instances behind $(URL)"
+	@tests/scale "$(N)"
 
 .PHONY: down
 down: ## stops it; the data stay
