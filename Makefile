@@ -11,6 +11,9 @@ URL := http://localhost:$(PORT)
 # Said when a target fails for want of something; `make doctor` finds out what.
 hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be missing." >&2; exit $$code; }
 
+# A prompt on a terminal; without one, commands by a pipe: echo 'SELECT 1' | make psql
+no_tty = $$([ -t 0 ] || echo -T)
+
 .PHONY: help
 help:
 	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
@@ -68,7 +71,8 @@ down: ## stops it; the data stay
 .PHONY: clean
 clean: ## stops it and removes data and images, after asking
 	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
-	@docker compose down --remove-orphans --volumes --rmi local
+	@docker compose down --remove-orphans --volumes
+	@docker image rm --force threefold-web >/dev/null
 
 ##@ Proof
 
@@ -104,11 +108,11 @@ run: ## one instance on this machine, no Docker: jbang Service.java
 
 .PHONY: psql
 psql: ## a prompt at the database
-	@docker compose exec postgres psql -U postgres -d "$${DB_NAME:-app}"
+	@docker compose exec $(no_tty) postgres psql -U postgres -d "$${DB_NAME:-app}"
 
 .PHONY: redis-cli
 redis-cli: ## a prompt at Redis
-	@docker compose exec redis redis-cli
+	@docker compose exec $(no_tty) redis redis-cli
 
 .PHONY: backup
 backup: ## messages and counters into one archive: make backup FILE=threefold.tar.gz
