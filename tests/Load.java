@@ -85,8 +85,8 @@ public final class Load {
 
     // -------------------------------------------------------------------------------------------------- Setup
 
-    /** A dozen clients with a request each 50 ms: 240 a second. */
-    private static final int CLIENTS = 12, PERIOD_MILLIS = 50;
+    /** A dozen clients with a request each 30 ms: 400 a second. */
+    private static final int CLIENTS = 12, PERIOD_MILLIS = 30;
     /** How long a client waits for one answer, and how long it goes on repeating one request. */
     private static final int READ_MILLIS = 10_000, PATIENCE_MILLIS = 20_000;
     private static final String AUTHOR = "test-failover";
