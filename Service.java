@@ -1040,7 +1040,6 @@ public final class Service implements AutoCloseable {
         private volatile String newestCounts;
         private volatile long newestId;
         private volatile boolean closed;
-        private JedisPubSub subscription;
         private Thread publisher, subscriber;
 
         void start() {
@@ -1168,7 +1167,7 @@ public final class Service implements AutoCloseable {
 
         private void subscribeLoop() {
             while (!closed) {
-                subscription = new JedisPubSub() {
+                JedisPubSub subscription = new JedisPubSub() {
                     @Override public void onSubscribe(String channel, int count) { lookForMissed(); }
                     @Override public void onMessage(String channel, String event) { received(event); }
                 };
@@ -1341,19 +1340,17 @@ public final class Service implements AutoCloseable {
 
     private static String requestId(HttpServerExchange x) { return x.getResponseHeaders().getFirst(X_REQUEST_ID); }
 
-    private static void readBody(HttpServerExchange x, Reply<byte[]> then, Service service) {
+    private void readBody(HttpServerExchange x, Reply<byte[]> then) {
         x.getRequestReceiver().setMaxBufferSize(BODY_MOST);
         x.getRequestReceiver().receiveFullBytes(
-                (y, bytes) -> service.guarded(y, () -> then.send(y, bytes)),
+                (y, bytes) -> guarded(y, () -> then.send(y, bytes)),
                 (y, e) -> {
                     y.setPersistent(false); // what is left of the body would be taken for the next request
-                    service.sendProblem(y, y.getRequestContentLength() > BODY_MOST || !(e.getCause() instanceof IOException)
+                    sendProblem(y, y.getRequestContentLength() > BODY_MOST || !(e.getCause() instanceof IOException)
                             && e instanceof io.undertow.io.Receiver.RequestToLargeException
                             ? Problem.tooLarge() : Problem.badRequest("the body could not be read"));
                 });
     }
-
-    private void readBody(HttpServerExchange x, Reply<byte[]> then) { readBody(x, then, this); }
 
     private static boolean wantsHtml(HttpServerExchange x) {
         String accept = x.getRequestHeaders().getFirst(Headers.ACCEPT);
