@@ -33,10 +33,17 @@ import io.prometheus.metrics.core.metrics.Counter;
 import io.prometheus.metrics.core.metrics.GaugeWithCallback;
 import io.prometheus.metrics.core.metrics.Histogram;
 import io.prometheus.metrics.expositionformats.PrometheusTextFormatWriter;
-import io.prometheus.metrics.instrumentation.jvm.JvmMetrics;
+import io.prometheus.metrics.instrumentation.jvm.JvmBufferPoolMetrics;
+import io.prometheus.metrics.instrumentation.jvm.JvmCompilationMetrics;
+import io.prometheus.metrics.instrumentation.jvm.JvmGarbageCollectorMetrics;
+import io.prometheus.metrics.instrumentation.jvm.JvmMemoryMetrics;
+import io.prometheus.metrics.instrumentation.jvm.JvmThreadsMetrics;
+import io.prometheus.metrics.instrumentation.jvm.ProcessMetrics;
 import io.prometheus.metrics.model.registry.PrometheusRegistry;
 import io.undertow.Undertow;
 import io.undertow.UndertowOptions;
+import io.undertow.io.DefaultIoCallback;
+import io.undertow.io.Sender;
 import io.undertow.server.Connectors;
 import io.undertow.server.DefaultByteBufferPool;
 import io.undertow.server.HttpHandler;
@@ -105,6 +112,7 @@ import java.time.format.DateTimeFormatter;
 import java.time.temporal.ChronoUnit;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.Base64;
 import java.util.Collection;
 import java.util.Collections;
@@ -121,14 +129,17 @@ import java.util.Set;
 import java.util.TreeMap;
 import java.util.UUID;
 import java.util.concurrent.ArrayBlockingQueue;
+import java.util.concurrent.BlockingDeque;
 import java.util.concurrent.BlockingQueue;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.ConcurrentLinkedDeque;
 import java.util.concurrent.Executor;
-import java.util.concurrent.LinkedBlockingQueue;
+import java.util.concurrent.LinkedBlockingDeque;
+import java.util.concurrent.Semaphore;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
+import java.util.concurrent.locks.ReentrantLock;
 import java.util.function.BiConsumer;
 import java.util.function.IntConsumer;
 import java.util.logging.Handler;
@@ -378,10 +389,10 @@ public final class Service implements AutoCloseable {
                 "dependencies", Map.of("postgres", postgres.word(), "redis", redis.word())));
     }
 
-    private void metrics(HttpServerExchange x) throws IOException {
+    private void metrics(HttpServerExchange x) {
         // nginx refuses this path as well; whatever came through any proxy is not the inner network.
         if (x.getRequestHeaders().contains(Headers.X_FORWARDED_FOR)) throw Problem.notFound("not found");
-        send(x, 200, PrometheusTextFormatWriter.CONTENT_TYPE, metrics.text());
+        x.dispatch(y -> guarded(y, () -> send(y, 200, PrometheusTextFormatWriter.CONTENT_TYPE, metrics.text())));
     }
 
     private void openapi(HttpServerExchange x) {
@@ -573,16 +584,29 @@ public final class Service implements AutoCloseable {
     /**
      * Gathers the requests that arrive while one batch is under way into the next batch. An idle service sends a
      * batch of one at once: nothing ever waits for a timer or for a batch to fill.
+     *
+     * <p>While batches are quick, the I/O thread that has read the requests does them itself: to wake another thread
+     * and be woken by it costs more than most answers do. After a slow one the batcher's own thread takes the next, so
+     * that a server that is slow or hangs holds up those who ask for it, and nobody else for longer than one batch.
      */
     static final class Batcher<Q, A> implements AutoCloseable {
-        /** Answers a batch, in its order. One thread calls it, one batch at a time. */
+        /**
+         * Answers a batch, in its order, or as many of the first as it can at once: the rest comes again. One thread
+         * calls it, one batch at a time.
+         */
         interface Work<Q, A> { List<A> answer(List<Q> questions) throws Exception; }
 
         private record Waiting<Q, A>(Q question, Executor home, BiConsumer<A, Exception> then) {}
 
-        private final BlockingQueue<List<Waiting<Q, A>>> queue = new LinkedBlockingQueue<>();
+        /** How long an I/O thread may be away without anybody noticing. */
+        private static final long QUICK_NANOS = 10_000_000;
+
+        private final BlockingDeque<List<Waiting<Q, A>>> queue = new LinkedBlockingDeque<>();
+        private final Semaphore ahead = new Semaphore(2); // batches whose answers are not all sent on their way
         private final Map<Executor, List<Waiting<Q, A>>> turns = new ConcurrentHashMap<>();
         private final AtomicInteger waiting = new AtomicInteger();
+        private final ReentrantLock underWay = new ReentrantLock();
+        private volatile boolean quick; // not before the first batch, which opens a connection
         private final int capacity;
         private final Work<Q, A> work;
         private final IntConsumer sizes;
@@ -601,8 +625,8 @@ public final class Service implements AutoCloseable {
 
         /**
          * Queues a question; its answer or failure goes to {@code then}, on the executor {@code home}: the I/O thread
-         * that calls this. What an I/O thread has read in one turn goes to the batch together, when the turn ends:
-         * waking the other thread for the first would leave the rest behind.
+         * that calls this. What an I/O thread has read in one turn goes into a batch together, when the turn ends: to
+         * begin with the first of them would leave the rest behind.
          *
          * @return false if as many wait as may, and the question was not taken
          */
@@ -614,8 +638,10 @@ public final class Service implements AutoCloseable {
             List<Waiting<Q, A>> turn = turns.computeIfAbsent(home, thread -> new ArrayList<>());
             turn.add(new Waiting<>(question, home, then));
             if (turn.size() == 1) home.execute(() -> { // which it does after all that it is reading now
-                queue.add(List.copyOf(turn));
+                List<Waiting<Q, A>> read = List.copyOf(turn);
                 turn.clear();
+                if (quick && underWay.tryLock()) answer(read, home);
+                else queue.add(read);
             });
             return true;
         }
@@ -623,35 +649,55 @@ public final class Service implements AutoCloseable {
         private void run() {
             try {
                 while (true) {
+                    ahead.acquire();
                     List<Waiting<Q, A>> batch = new ArrayList<>(queue.take());
+                    underWay.lock();
                     for (List<Waiting<Q, A>> more; (more = queue.poll()) != null; ) batch.addAll(more);
-                    waiting.addAndGet(-batch.size());
-                    answer(batch);
+                    answer(batch, null);
                 }
             } catch (InterruptedException closed) { /* close() ends the thread this way */ }
         }
 
-        private void answer(List<Waiting<Q, A>> batch) {
-            sizes.accept(batch.size());
+        /** @param here the I/O thread this is, or null */
+        private void answer(List<Waiting<Q, A>> batch, Executor here) {
+            waiting.addAndGet(-batch.size());
             List<Q> questions = new ArrayList<>(batch.size());
             for (Waiting<Q, A> one : batch) questions.add(one.question);
+            List<A> answers = null;
+            Exception failure = null;
+            long began = System.nanoTime();
             try {
-                handBack(batch, work.answer(questions), null);
+                answers = work.answer(questions);
             } catch (Exception e) {
-                handBack(batch, null, e);
+                failure = e;
+            } finally {
+                quick = System.nanoTime() - began < QUICK_NANOS;
+                underWay.unlock();
             }
+            int answered = failure != null ? batch.size() : answers.size();
+            if (answered < batch.size()) {
+                waiting.addAndGet(batch.size() - answered);
+                queue.addFirst(batch.subList(answered, batch.size()));
+            }
+            sizes.accept(answered);
+            handBack(batch.subList(0, answered), answers, failure, here);
         }
 
-        /** Wakes each I/O thread once for all of its answers: the hand-over costs more than most answers do. */
-        private void handBack(List<Waiting<Q, A>> batch, List<A> answers, Exception failure) {
+        /** Wakes each I/O thread once for all of its answers. */
+        private void handBack(List<Waiting<Q, A>> batch, List<A> answers, Exception failure, Executor here) {
             Set<Executor> homes = new HashSet<>();
             for (Waiting<Q, A> one : batch) homes.add(one.home);
-            for (Executor home : homes)
-                home.execute(() -> {
+            AtomicInteger left = new AtomicInteger(homes.size());
+            for (Executor home : homes) {
+                Runnable answering = () -> {
                     for (int i = 0; i < batch.size(); i++)
                         if (batch.get(i).home == home)
                             batch.get(i).then.accept(answers == null ? null : answers.get(i), failure);
-                });
+                    if (left.decrementAndGet() == 0 && here == null) ahead.release();
+                };
+                if (home == here) answering.run();
+                else home.execute(answering);
+            }
         }
 
         @Override public void close() { thread.interrupt(); }
@@ -731,9 +777,12 @@ public final class Service implements AutoCloseable {
             source.setApplicationName("threefold " + config.instance());
             source.setConnectTimeout(1);     // seconds; the driver waits for ever by default
             source.setSocketTimeout(1);      // the same, while it logs in; then STATEMENT_MILLIS
-            source.setPrepareThreshold(1);   // the same few statements for ever: plan each once
+            source.setPrepareThreshold(1);   // the same few statements for ever: parse each once
             // The server gives up when we do, and a commit is on disk before it is told, whatever the server's default.
-            source.setOptions("-c statement_timeout=" + STATEMENT_MILLIS + " -c synchronous_commit=on");
+            source.setOptions("-c statement_timeout=" + STATEMENT_MILLIS + " -c synchronous_commit=on"
+                    // Plan each statement once: planning took six times as long as reading a page. They all go by an
+                    // index, and have to also when the plan was made while the table was small.
+                    + " -c plan_cache_mode=force_generic_plan -c enable_seqscan=off");
         }
 
         /**
@@ -814,10 +863,10 @@ public final class Service implements AutoCloseable {
                 SELECT id, %s, author, body, instance, request_key
                 FROM messages WHERE request_key = ANY (?)""".formatted(MICROS);
         private static final String PAGES = """
-                SELECT message.id, %s, author, body, instance, asked.n
+                SELECT message.id, %s, author, body, instance, asked.n, pg_current_snapshot()::text
                 FROM unnest(?::bigint[], ?::bigint[]) WITH ORDINALITY AS asked (before, size, n)
-                CROSS JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before ORDER BY id DESC LIMIT asked.size)
-                    AS message
+                LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before AND pg_current_snapshot()::text <> ?
+                                   ORDER BY id DESC LIMIT asked.size) AS message ON true
                 ORDER BY asked.n, message.id DESC""".formatted(MICROS);
 
         private final Database forWrites, forReads, forPings;
@@ -889,27 +938,69 @@ public final class Service implements AutoCloseable {
             return connection.createArrayOf("text", texts.toArray(String[]::new));
         }
 
-        /** Answers every query with one statement; it begins after they came, so each sees all that was acknowledged. */
-        List<MessagePage> pages(List<PageQuery> queries) {
+        /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
+        private static final int ROWS_MOST = 200;
+
+        /** As many of the first as have no more than {@link #ROWS_MOST} messages on different pages. */
+        private static List<PageQuery> atOnce(List<PageQuery> queries) {
+            Set<PageQuery> distinct = new HashSet<>();
+            int rows = 0;
+            for (int i = 0; i < queries.size(); i++) {
+                if (distinct.add(queries.get(i))) rows += queries.get(i).limit();
+                if (rows > ROWS_MOST) return queries.subList(0, i);
+            }
+            return queries;
+        }
+
+        /**
+         * Answers the first queries, as many as it reads at once, with one statement; it begins after they came, so each
+         * sees all that was acknowledged.
+         */
+        List<MessagePage> pages(List<PageQuery> waiting) {
+            List<PageQuery> queries = atOnce(waiting);
             List<PageQuery> distinct = queries.stream().distinct().toList();
-            List<List<Message>> found = new ArrayList<>();
-            for (int i = 0; i < distinct.size(); i++) found.add(new ArrayList<>());
             Map<PageQuery, MessagePage> pages = forReads.run(connection -> {
-                found.forEach(List::clear);
-                try (PreparedStatement select = connection.prepareStatement(PAGES)) {
-                    select.setArray(1, connection.createArrayOf("bigint",
-                            distinct.stream().map(PageQuery::before).toArray(Long[]::new)));
-                    select.setArray(2, connection.createArrayOf("bigint", // one more, to know whether older follow
-                            distinct.stream().map(query -> query.limit() + 1L).toArray(Long[]::new)));
-                    try (ResultSet rows = select.executeQuery()) {
-                        while (rows.next()) found.get(rows.getInt(6) - 1).add(message(rows));
-                    }
-                }
-                Map<PageQuery, MessagePage> byQuery = new HashMap<>();
-                for (int i = 0; i < distinct.size(); i++) byQuery.put(distinct.get(i), page(distinct.get(i), found.get(i)));
-                return byQuery;
+                boolean isLast = connection == last.connection && distinct.equals(List.of(last.page.query));
+                Map<PageQuery, MessagePage> read = read(connection, distinct, isLast ? last.snapshot : "");
+                return read == null ? Map.of(last.page.query, last.page) : read;
             });
             return queries.stream().map(pages::get).toList();
+        }
+
+        /**
+         * The page that was read last, and PostgreSQL's snapshot (which transactions had ended) that it was read in.
+         * As long as the snapshot is the same, so is the page: PostgreSQL is asked, but nothing is read twice.
+         */
+        private record Last(Connection connection, String snapshot, MessagePage page) {}
+        private Last last = new Last(null, "", MessagePage.UNKNOWN);
+
+        /** @return null, if PostgreSQL is still at the {@code known} snapshot */
+        private Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries, String known)
+                throws SQLException {
+            List<List<Message>> found = new ArrayList<>();
+            for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
+            String snapshot = "";
+            try (PreparedStatement select = connection.prepareStatement(PAGES)) {
+                select.setArray(1, numbers(connection, queries.stream().map(PageQuery::before)));
+                // One more than asked for, to know whether older ones follow.
+                select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
+                select.setString(3, known);
+                try (ResultSet rows = select.executeQuery()) {
+                    while (rows.next()) {
+                        snapshot = rows.getString(7);
+                        if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
+                    }
+                }
+            }
+            if (snapshot.equals(known)) return null;
+            Map<PageQuery, MessagePage> pages = new HashMap<>();
+            for (int i = 0; i < queries.size(); i++) pages.put(queries.get(i), page(queries.get(i), found.get(i)));
+            if (queries.size() == 1) last = new Last(connection, snapshot, pages.get(queries.getFirst()));
+            return pages;
+        }
+
+        private static Array numbers(Connection connection, Stream<Long> numbers) throws SQLException {
+            return connection.createArrayOf("bigint", numbers.toArray(Long[]::new));
         }
 
         private static MessagePage page(PageQuery query, List<Message> found) {
@@ -1221,6 +1312,8 @@ public final class Service implements AutoCloseable {
     // ----------------------------------------------------------------------------------------- HTTP plumbing
 
     static final int BODY_MOST = 16 * 1024;
+    /** A page of long messages can have a megabyte. Where so many bytes of such answers wait to be taken, no more are read. */
+    private static final int LARGE = 64 * 1024, UNSENT_MOST = 8 * 1024 * 1024;
     private static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
     private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
@@ -1376,16 +1469,33 @@ public final class Service implements AutoCloseable {
         }
     }
 
-    private static void sendJson(HttpServerExchange x, int status, String json) {
+    private void sendJson(HttpServerExchange x, int status, String json) {
         send(x, status, "application/json", json.getBytes(UTF_8));
     }
 
-    private static void send(HttpServerExchange x, int status, String type, byte[] body) {
+    private void send(HttpServerExchange x, int status, String type, byte[] body) {
         x.setStatusCode(status);
         x.getResponseHeaders().put(Headers.CONTENT_TYPE, type);
         if (!x.getResponseHeaders().contains(Headers.CACHE_CONTROL))
             x.getResponseHeaders().put(Headers.CACHE_CONTROL, "no-store");
-        x.getResponseSender().send(ByteBuffer.wrap(body));
+        if (body.length < LARGE) x.getResponseSender().send(ByteBuffer.wrap(body));
+        else sendLarge(x, body);
+    }
+
+    /** In two parts: what Undertow writes together with the head, the connection keeps until its next answer. */
+    private void sendLarge(HttpServerExchange x, byte[] body) {
+        int bytes = body.length, first = 1_024;
+        unsent.addAndGet(bytes);
+        x.addExchangeCompleteListener((y, next) -> {
+            unsent.addAndGet(-bytes);
+            next.proceed();
+        });
+        x.setResponseContentLength(bytes);
+        x.getResponseSender().send(ByteBuffer.wrap(Arrays.copyOf(body, first)), new DefaultIoCallback() {
+            @Override public void onComplete(HttpServerExchange y, Sender sender) {
+                sender.send(ByteBuffer.wrap(body, first, bytes - first));
+            }
+        });
     }
 
     private void sendProblem(HttpServerExchange x, Problem problem) {
@@ -1459,17 +1569,14 @@ public final class Service implements AutoCloseable {
         Json put(String name, Object value) {
             try {
                 writer.name(name);
-                switch (value) {
-                    case null -> writer.nullValue();
-                    case Number number -> writer.value(number);
-                    case Boolean truth -> writer.value(truth);
-                    case Map<?, ?> map -> {
-                        writer.beginObject();
-                        map.forEach((key, one) -> put((String) key, one));
-                        writer.endObject();
-                    }
-                    default -> writer.value(value.toString());
-                }
+                if (value == null) writer.nullValue();
+                else if (value instanceof Number number) writer.value(number); // `switch` would be built when it starts
+                else if (value instanceof Boolean truth) writer.value(truth);
+                else if (value instanceof Map<?, ?> map) {
+                    writer.beginObject();
+                    map.forEach((key, one) -> put((String) key, one));
+                    writer.endObject();
+                } else writer.value(value.toString());
             } catch (IOException e) { throw new UncheckedIOException(e); }
             return this;
         }
@@ -1532,6 +1639,7 @@ public final class Service implements AutoCloseable {
 
         private final Counter told = Counter.builder().name("events_told_total")
                 .help("Live events given to viewers, one for each viewer").labelNames("event").register(registry);
+        private boolean jvmRegistered;
 
         Metrics() {
             GaugeWithCallback.builder().name("dependency_up").help("1 if it answered last time, 0 if not")
@@ -1545,7 +1653,18 @@ public final class Service implements AutoCloseable {
                     .callback(gauge -> gauge.call(inFlight.get())).register(registry);
             GaugeWithCallback.builder().name("redis_connections").help("Connections to Redis in use")
                     .callback(gauge -> gauge.call(counters.redis.getPool().getNumActive())).register(registry);
-            JvmMetrics.builder().register(registry);
+        }
+
+        /** When first asked for: they take a third of the time to start, and an instance nobody watches is spared them. */
+        private void registerJvm() {
+            if (jvmRegistered) return;
+            jvmRegistered = true;
+            JvmMemoryMetrics.builder().register(registry);
+            JvmBufferPoolMetrics.builder().register(registry);
+            JvmGarbageCollectorMetrics.builder().register(registry);
+            JvmThreadsMetrics.builder().register(registry);
+            JvmCompilationMetrics.builder().register(registry);
+            ProcessMetrics.builder().register(registry);
         }
 
         IntConsumer batchesOf(String batcher) {
@@ -1560,7 +1679,8 @@ public final class Service implements AutoCloseable {
             if (!route.equals("/api/events")) seconds.labelValues(route).observe(nanos / 1e9);
         }
 
-        byte[] text() throws IOException {
+        synchronized byte[] text() throws IOException {
+            registerJvm();
             ByteArrayOutputStream text = new ByteArrayOutputStream();
             PrometheusTextFormatWriter.create().write(text, registry.scrape());
             return text.toByteArray();
@@ -1659,6 +1779,7 @@ public final class Service implements AutoCloseable {
     private final HttpHandler router = router();
     private final String healthzBody;
     private final AtomicInteger inFlight = new AtomicInteger();
+    private final AtomicInteger unsent = new AtomicInteger(); // bytes
     private volatile boolean draining;
     private XnioWorker worker;
     private Undertow server;
@@ -1677,7 +1798,10 @@ public final class Service implements AutoCloseable {
             saved.forEach(one -> { if (!one.replayed()) events.stored(one.message()); });
             return saved;
         });
-        reads = batcher("reads", messages::pages);
+        reads = batcher("reads", batch -> {
+            if (unsent.get() > UNSENT_MOST) throw Problem.overloaded();
+            return messages.pages(batch);
+        });
     }
 
     /** 1,024 waiting: as many as there may be connections from the proxy, each with one request. */

@@ -7,6 +7,7 @@ import redis.clients.jedis.Jedis;
 
 import java.io.IOException;
 import java.net.ConnectException;
+import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.HashMap;
@@ -26,6 +27,7 @@ import java.util.concurrent.Executors;
 import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
+import java.util.concurrent.atomic.AtomicReference;
 import java.util.stream.IntStream;
 import java.util.stream.Stream;
 
@@ -195,6 +197,7 @@ class OutageTest {
 
         @Test void two_hundred_requests_at_once_are_answered_in_time_by_no_more_threads() throws Exception {
             try (Wired wired = new Wired("crowded")) {
+                wired.instance.metric("http_requests_in_flight"); // has a thread of its own
                 Map<String, Integer> before = threads();
                 wired.postgres.hang();
                 List<Callable<Answer>> requests = new ArrayList<>();
@@ -211,6 +214,24 @@ class OutageTest {
                 assertEquals(before, threads());
                 wired.postgres.mend();
                 Wait.until("it serves again", Wait.PROMISED, () -> wired.instance.get("/api/messages").status() == 200);
+            }
+        }
+
+        @Test void a_locked_table_holds_up_nobody_who_does_not_need_it() throws Exception {
+            try (Wired wired = new Wired("locked")) {
+                CompletableFuture<?> owner = Wait.meanwhile(() ->
+                        Servers.sql(wired.database, "BEGIN; LOCK TABLE messages; SELECT pg_sleep(5); COMMIT"));
+                Wait.until("it is locked", () -> !Servers.sql(wired.database,
+                        "SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'messages'::regclass").isEmpty());
+                CompletableFuture<?> reader = Wait.meanwhile(() -> {
+                    for (int i = 0; i < 3; i++) inTime(() -> wired.instance.get("/api/messages").unavailable());
+                    return null;
+                });
+                int counted = 0;
+                for (; !owner.isDone(); counted++) inTime(() -> wired.instance.get("/").expect(200));
+                reader.get();
+                assertTrue(counted > 100, "visits in 5 s while messages were locked: expected more than 100, saw " + counted);
+                Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages").status() == 200);
             }
         }
 
@@ -363,11 +384,12 @@ class OutageTest {
 
     @Nested class A_batcher {
         private final List<Integer> sizes = Collections.synchronizedList(new ArrayList<>());
-        private final CountDownLatch gate = new CountDownLatch(1);
+        private final CountDownLatch busy = new CountDownLatch(1), gate = new CountDownLatch(1);
 
         /** Doubles what it is asked; the first batch waits until the gate opens. */
         private Service.Batcher<Integer, Integer> doubling(int capacity) {
             return new Service.Batcher<>("doubling", capacity, sizes::add, batch -> {
+                busy.countDown();
                 gate.await();
                 if (batch.contains(-1)) throw new IllegalStateException("unlucky");
                 return batch.stream().map(n -> 2 * n).toList();
@@ -390,7 +412,7 @@ class OutageTest {
             try (var batcher = doubling(100)) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
                 batcher.offer(0, Runnable::run, (a, failure) -> answers.add("0:" + a));
-                Wait.until("it is busy", () -> sizes.equals(List.of(1)));
+                busy.await();
                 for (int i = 1; i <= 50; i++) {
                     int n = i;
                     batcher.offer(n, Runnable::run, (a, failure) -> answers.add(n + ":" + a));
@@ -406,7 +428,7 @@ class OutageTest {
             try (var batcher = doubling(100)) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
                 batcher.offer(0, Runnable::run, (a, failure) -> answers.add("" + a));
-                Wait.until("it is busy", () -> sizes.size() == 1);
+                busy.await();
                 for (int n : List.of(1, -1, 2)) batcher.offer(n, Runnable::run, (a, failure) -> answers.add(a + " " + failure.getMessage()));
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 4);
@@ -420,11 +442,32 @@ class OutageTest {
             try (var batcher = doubling(5)) {
                 AtomicInteger answered = new AtomicInteger();
                 batcher.offer(0, Runnable::run, (a, failure) -> answered.incrementAndGet());
-                Wait.until("it is busy", () -> sizes.size() == 1);
+                busy.await();
                 for (int i = 1; i <= 5; i++) assertTrue(batcher.offer(i, Runnable::run, (a, failure) -> answered.incrementAndGet()), "" + i);
                 assertFalse(batcher.offer(6, Runnable::run, (a, failure) -> answered.addAndGet(100)));
                 gate.countDown();
                 Wait.until("those that were taken are answered", () -> answered.get() == 6);
+            }
+        }
+
+        @Test void does_quick_ones_on_the_thread_that_asks_and_what_follows_a_slow_one_on_its_own() throws Exception {
+            AtomicReference<Duration> takes = new AtomicReference<>(Duration.ZERO);
+            try (var batcher = new Service.Batcher<Integer, String>("doubling", 10, sizes::add, batch -> {
+                Thread.sleep(takes.get());
+                return batch.stream().map(n -> Thread.currentThread().getName()).toList();
+            }); Home home = new Home()) {
+                Callable<String> ask = () -> {
+                    CompletableFuture<String> answer = new CompletableFuture<>();
+                    home.thread.submit(() -> batcher.offer(1, home, (a, failure) -> answer.complete(a))).get();
+                    return answer.get(5, TimeUnit.SECONDS);
+                };
+                assertEquals("doubling", ask.call(), "nobody knows yet how long it takes");
+                Wait.until("quick ones stay", () -> ask.call().equals("test-home"));
+                takes.set(Duration.ofMillis(30));
+                ask.call();
+                for (int i = 0; i < 3; i++) assertEquals("doubling", ask.call(), "it was slow");
+                takes.set(Duration.ZERO);
+                Wait.until("it is quick again", () -> ask.call().equals("test-home"));
             }
         }
 
@@ -445,7 +488,7 @@ class OutageTest {
             try (var batcher = doubling(100); Home one = new Home(); Home two = new Home()) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
                 batcher.offer(0, Runnable::run, (a, failure) -> {});
-                Wait.until("it is busy", () -> sizes.size() == 1);
+                busy.await();
                 for (Home home : List.of(one, two))
                     home.thread.submit(() -> {
                         for (int i = 1; i <= 10; i++) batcher.offer(i, home, (a, failure) -> answers.add(Thread.currentThread().getName() + a));
@@ -456,6 +499,20 @@ class OutageTest {
                 assertEquals(List.of(1, 20), sizes);
                 assertEquals(List.of(1, 1), List.of(one.wakeUps.get(), two.wakeUps.get()));
                 assertTrue(answers.stream().allMatch(answer -> answer.startsWith("test-home")), "each on its own thread: " + answers);
+            }
+        }
+
+        @Test void sends_again_in_their_order_what_was_too_much_at_once() throws Exception {
+            try (var batcher = new Service.Batcher<Integer, Integer>("doubling", 100, sizes::add, batch -> {
+                gate.await();
+                return batch.stream().limit(4).map(n -> 2 * n).toList();
+            })) {
+                LinkedBlockingQueue<Integer> answers = new LinkedBlockingQueue<>();
+                for (int i = 0; i < 11; i++) batcher.offer(i, Runnable::run, (a, failure) -> answers.add(a));
+                gate.countDown();
+                Wait.until("all are answered", () -> answers.size() == 11);
+                assertEquals(IntStream.range(0, 11).mapToObj(n -> 2 * n).toList(), new ArrayList<>(answers));
+                assertTrue(sizes.stream().allMatch(size -> size <= 4), "at once: " + sizes);
             }
         }
 
