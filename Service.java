@@ -352,8 +352,7 @@ public final class Service implements AutoCloseable {
 
     /** Somebody without JavaScript gets the page back, with what was typed and what is wrong. */
     private void showRefused(HttpServerExchange x, byte[] body, Problem problem) {
-        x.putAttachment(REFUSED_BECAUSE, problem.getMessage());
-        if (problem.status == 503) x.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
+        say(x, problem);
         showPage(x, problem.status, PageQuery.NEWEST, null, Form.of(body, problem));
     }
 
@@ -640,7 +639,8 @@ public final class Service implements AutoCloseable {
             if (turn.size() == 1) home.execute(() -> { // which it does after all that it is reading now
                 List<Waiting<Q, A>> read = List.copyOf(turn);
                 turn.clear();
-                if (quick && underWay.tryLock()) answer(read, home);
+                boolean othersFirst = !queue.isEmpty() || underWay.hasQueuedThreads();
+                if (quick && !othersFirst && underWay.tryLock()) answer(read, home);
                 else queue.add(read);
             });
             return true;
@@ -690,10 +690,13 @@ public final class Service implements AutoCloseable {
             AtomicInteger left = new AtomicInteger(homes.size());
             for (Executor home : homes) {
                 Runnable answering = () -> {
-                    for (int i = 0; i < batch.size(); i++)
-                        if (batch.get(i).home == home)
-                            batch.get(i).then.accept(answers == null ? null : answers.get(i), failure);
-                    if (left.decrementAndGet() == 0 && here == null) ahead.release();
+                    try {
+                        for (int i = 0; i < batch.size(); i++)
+                            if (batch.get(i).home == home)
+                                batch.get(i).then.accept(answers == null ? null : answers.get(i), failure);
+                    } finally {
+                        if (left.decrementAndGet() == 0 && here == null) ahead.release();
+                    }
                 };
                 if (home == here) answering.run();
                 else home.execute(answering);
@@ -1500,9 +1503,14 @@ public final class Service implements AutoCloseable {
 
     private void sendProblem(HttpServerExchange x, Problem problem) {
         if (x.isResponseStarted()) return;
+        say(x, problem);
+        send(x, problem.status, "application/problem+json", problem.json().getBytes(UTF_8));
+    }
+
+    /** Why, for the log, and whether it helps to come again. */
+    private static void say(HttpServerExchange x, Problem problem) {
         x.putAttachment(REFUSED_BECAUSE, problem.getMessage());
         if (problem.status == 503) x.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
-        send(x, problem.status, "application/problem+json", problem.json().getBytes(UTF_8));
     }
 
     /** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */

@@ -55,3 +55,6 @@ need_stack() {
   say "Start it with \`make up\`; \`make doctor\` says what may be missing."
   exit 1
 }
+
+# compose_up ARGUMENTS...: until what it starts is healthy; what Compose says is shown if it fails
+compose_up() { docker compose up --detach --no-deps --wait "$@" >"$WORK/out" 2>&1 || { cat "$WORK/out"; exit 1; }; }
