@@ -47,7 +47,7 @@ COPY <<'EOF_OPTIONS' java.options
 # What the compilers needed is not needed once they are done, and the C library would keep it.
 -XX:TrimNativeHeapInterval=10000
 # While it starts, the compilers and the service share one processor: what is called 200 times, the usual limit, has to
-# wait until it is called 2,000 times. Under load that is a moment later; the start takes a quarter less.
+# wait until it is called 2,000 times. Under load that is a moment later; the start is quicker (row 14 of `make bench`).
 -XX:Tier3InvocationThreshold=2000
 -XX:Tier3MinInvocationThreshold=1000
 -XX:Tier3CompileThreshold=8000

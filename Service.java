@@ -783,8 +783,8 @@ public final class Service implements AutoCloseable {
             source.setPrepareThreshold(1);   // the same few statements for ever: parse each once
             // The server gives up when we do, and a commit is on disk before it is told, whatever the server's default.
             source.setOptions("-c statement_timeout=" + STATEMENT_MILLIS + " -c synchronous_commit=on"
-                    // Plan each statement once: planning took six times as long as reading a page. They all go by an
-                    // index, and have to also when the plan was made while the table was small.
+                    // Plan each statement once: to plan takes longer than to read a page. They all go by an index, and
+                    // have to also when the plan was made while the table was small.
                     + " -c plan_cache_mode=force_generic_plan -c enable_seqscan=off");
         }
 
@@ -1663,7 +1663,7 @@ public final class Service implements AutoCloseable {
                     .callback(gauge -> gauge.call(counters.redis.getPool().getNumActive())).register(registry);
         }
 
-        /** When first asked for: they take a third of the time to start, and an instance nobody watches is spared them. */
+        /** When first asked for: JMX takes long to start, and an instance that nobody watches is spared it. */
         private void registerJvm() {
             if (jvmRegistered) return;
             jvmRegistered = true;
