@@ -590,8 +590,8 @@ public final class Service implements AutoCloseable {
      */
     static final class Batcher<Q, A> implements AutoCloseable {
         /**
-         * Answers a batch, in its order, or as many of the first as it can at once: the rest comes again. One thread
-         * calls it, one batch at a time.
+         * Answers a batch, in its order, or as many of the first as it can at once (one at least): the rest comes
+         * again. Called by the batcher's own thread and by I/O threads, but for one batch at a time.
          */
         interface Work<Q, A> { List<A> answer(List<Q> questions) throws Exception; }
 
@@ -990,7 +990,7 @@ public final class Service implements AutoCloseable {
                 select.setString(3, known);
                 try (ResultSet rows = select.executeQuery()) {
                     while (rows.next()) {
-                        snapshot = rows.getString(7);
+                        if (snapshot.isEmpty()) snapshot = rows.getString(7); // the same in every row
                         if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
                     }
                 }
