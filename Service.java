@@ -1638,17 +1638,18 @@ public final class Service implements AutoCloseable {
 
     /** What Prometheus is told; read by GET /metrics. */
     final class Metrics {
+        // Without exemplars: there are no traces to point at, and the sampling of them has a thread of its own.
         private final PrometheusRegistry registry = new PrometheusRegistry();
-        private final Counter requests = Counter.builder().name("http_requests_total")
+        private final Counter requests = Counter.builder().name("http_requests_total").withoutExemplars()
                 .help("Requests answered").labelNames("route", "method", "status").register(registry);
-        private final Histogram seconds = Histogram.builder().name("http_request_duration_seconds").classicOnly()
+        private final Histogram seconds = Histogram.builder().name("http_request_duration_seconds").withoutExemplars().classicOnly()
                 .help("From the last byte of the request's head to the last byte of the answer").labelNames("route")
                 .classicUpperBounds(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5).register(registry);
-        private final Histogram batches = Histogram.builder().name("batch_size").classicOnly()
+        private final Histogram batches = Histogram.builder().name("batch_size").withoutExemplars().classicOnly()
                 .help("Requests answered by one statement").labelNames("batcher")
                 .classicUpperBounds(1, 2, 4, 8, 16, 32, 64, 128, 256, 512).register(registry);
 
-        private final Counter told = Counter.builder().name("events_told_total")
+        private final Counter told = Counter.builder().name("events_told_total").withoutExemplars()
                 .help("Live events given to viewers, one for each viewer").labelNames("event").register(registry);
         private boolean jvmRegistered;
 
