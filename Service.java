@@ -1642,7 +1642,8 @@ public final class Service implements AutoCloseable {
         private final PrometheusRegistry registry = new PrometheusRegistry();
         private final Counter requests = Counter.builder().name("http_requests_total").withoutExemplars()
                 .help("Requests answered").labelNames("route", "method", "status").register(registry);
-        private final Histogram seconds = Histogram.builder().name("http_request_duration_seconds").withoutExemplars().classicOnly()
+        private final Histogram seconds = Histogram.builder().name("http_request_duration_seconds")
+                .withoutExemplars().classicOnly()
                 .help("From the last byte of the request's head to the last byte of the answer").labelNames("route")
                 .classicUpperBounds(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5).register(registry);
         private final Histogram batches = Histogram.builder().name("batch_size").withoutExemplars().classicOnly()
