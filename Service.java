@@ -139,8 +139,10 @@ import java.util.concurrent.Semaphore;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
+import java.util.concurrent.atomic.AtomicLong;
 import java.util.concurrent.locks.ReentrantLock;
 import java.util.function.BiConsumer;
+import java.util.function.Consumer;
 import java.util.function.IntConsumer;
 import java.util.logging.Handler;
 import java.util.logging.Level;
@@ -1123,15 +1125,18 @@ public final class Service implements AutoCloseable {
      * instance whose subscription was broken, is brought up to date from PostgreSQL.
      */
     final class Events implements AutoCloseable {
-        private static final int TICK_MILLIS = 100, MOST_VIEWERS = 4_096;
-        /** Events a viewer may be behind before it is cut off; it comes again and says what it saw last. */
-        private static final int MOST_BEHIND = 256;
+        private static final int TICK_MILLIS = 100, MOST_IN_A_TICK = 200;
+        /**
+         * Events a viewer may be behind before it is cut off; it comes again and says what it saw last. An event on its
+         * way takes some 75 bytes for each viewer: should none of them read, 30 MB of a heap of 64.
+         */
+        private static final int MOST_VIEWERS = 1_024, MOST_BEHIND = 400;
         /** Messages sent again on a return, since ids are not committed strictly in their order. */
         private static final int OVERLAP = 50;
         private static final int MOST_PAGES_MISSED = 10;
 
         private final ServerSentEventHandler handler = new ServerSentEventHandler(this::joined);
-        private final Map<ServerSentEventConnection, AtomicInteger> behind = new ConcurrentHashMap<>();
+        private final Map<ServerSentEventConnection, Viewer> viewers = new ConcurrentHashMap<>();
         private final BlockingQueue<Message> outbox = new ArrayBlockingQueue<>(4_096);
         private volatile boolean visitsChanged, missed;
         private volatile String newestCounts;
@@ -1144,7 +1149,7 @@ public final class Service implements AutoCloseable {
             subscriber = Thread.ofPlatform().name("events-in").daemon().start(this::subscribeLoop);
         }
 
-        int viewers() { return behind.size(); }
+        int viewers() { return viewers.size(); }
 
         void visitsChanged() { if (!visitsChanged) visitsChanged = true; }
 
@@ -1152,74 +1157,119 @@ public final class Service implements AutoCloseable {
         void stored(Message message) { if (!outbox.offer(message)) missed = true; }
 
         void join(HttpServerExchange x) throws Exception {
-            if (behind.size() >= MOST_VIEWERS) throw Problem.overloaded();
+            if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
             x.getResponseHeaders().put(Headers.CACHE_CONTROL, "no-store");
             x.getResponseHeaders().put(X_ACCEL_BUFFERING, "no"); // nginx passes each event on at once
             handler.handleRequest(x);
         }
 
-        private void joined(ServerSentEventConnection viewer, String lastEventId) {
-            behind.put(viewer, new AtomicInteger());
-            viewer.addCloseTask(behind::remove);
-            viewer.sendRetry(1_000);
-            viewer.setKeepAliveTime(15_000);
-            Deque<String> after = viewer.getQueryParameters().get("after");
+        private void joined(ServerSentEventConnection stream, String lastEventId) {
+            Deque<String> after = stream.getQueryParameters().get("after");
             String last = lastEventId != null ? lastEventId : after == null ? null : after.getLast();
-            if (last != null && last.matches("[0-9]{1,18}"))
-                goBack(Long.parseLong(last) - OVERLAP, PageQuery.NEWEST.before(), new ArrayDeque<>(), viewer);
-            if (newestCounts != null) send(viewer, "visit", null, newestCounts, () -> { });
+            boolean wasAway = last != null && last.matches("[0-9]{1,18}");
+            Viewer viewer = new Viewer(stream, wasAway ? Long.parseLong(last) : newestId, wasAway);
+            viewers.put(stream, viewer);
+            stream.addCloseTask(viewers::remove);
+            stream.sendRetry(1_000);
+            stream.setKeepAliveTime(15_000);
+            if (wasAway) viewer.look();
+            if (newestCounts != null) viewer.send("visit", null, newestCounts, viewer);
         }
 
-        private void read(PageQuery query, BiConsumer<MessagePage, Exception> then) {
-            XnioIoThread thread = worker.getIoThread();
-            thread.execute(() -> reads.offer(query, thread, then));
-        }
+        /**
+         * One open stream. While it is brought up to date, what is new is told to it without an id, so that the last id
+         * its reader knows never passes over one not yet told: cut off in between, it misses nothing when it returns.
+         */
+        private final class Viewer implements ServerSentEventConnection.EventCallback {
+            private final ServerSentEventConnection stream;
+            private final AtomicInteger waiting = new AtomicInteger(), catchUps;
+            private final AtomicLong toldTo;
 
-        /** Looks for where the viewer was, page by page, keeping only where each page begins ... */
-        private void goBack(long after, long before, Deque<Long> pages, ServerSentEventConnection viewer) {
-            pages.push(before);
-            read(new PageQuery(before, 100), (page, failure) -> {
-                if (failure != null) return; // the page shows that PostgreSQL is away, and asks again
-                boolean more = page.next() != null && page.messages().getLast().id() > after;
-                if (more && pages.size() < MOST_PAGES_MISSED) goBack(after, page.messages().getLast().id(), pages, viewer);
-                else catchUp(after, pages, viewer);
-            });
-        }
+            Viewer(ServerSentEventConnection stream, long toldTo, boolean wasAway) {
+                this.stream = stream;
+                this.toldTo = new AtomicLong(toldTo);
+                this.catchUps = new AtomicInteger(wasAway ? 1 : 0);
+            }
 
-        /** ... then sends what it missed, oldest first, the next page when this one has left: a slow reader costs little. */
-        private void catchUp(long after, Deque<Long> pages, ServerSentEventConnection viewer) {
-            if (pages.isEmpty()) return;
-            read(new PageQuery(pages.pop(), 100), (page, failure) -> {
-                if (failure != null) return;
-                List<Message> missed = page.messages().reversed().stream().filter(one -> one.id() > after).toList();
-                if (!missed.isEmpty()) newestId = Math.max(newestId, missed.getLast().id());
-                // Any of the second half will do as the sign to go on, once: Undertow tells nobody of an event that ends
-                // exactly where one of its buffers does.
-                AtomicInteger sent = new AtomicInteger();
-                for (int i = 0; i < missed.size(); i++)
-                    send(viewer, "message", missed.get(i).id(), missed.get(i).json(), i < missed.size() / 2 ? () -> { }
-                            : () -> { if (sent.getAndIncrement() == 0) catchUp(after, pages, viewer); });
-            });
-        }
+            void tell(long id, String idText, String json) {
+                boolean inTurn = catchUps.get() == 0;
+                if (inTurn) toldTo.accumulateAndGet(id, Math::max);
+                send("message", inTurn ? idText : null, json, this);
+            }
 
-        private void send(ServerSentEventConnection viewer, String event, Long id, String data, Runnable whenSent) {
-            AtomicInteger waiting = behind.get(viewer);
-            if (waiting == null) return;
-            metrics.told.labelValues(event).inc();
-            if (waiting.incrementAndGet() > MOST_BEHIND) IoUtils.safeClose(viewer);
-            else viewer.send(data, event, id == null ? null : id.toString(), new ServerSentEventConnection.EventCallback() {
-                @Override public void done(ServerSentEventConnection v, String d, String e, String i) {
-                    waiting.decrementAndGet();
-                    whenSent.run();
-                }
-                @Override public void failed(ServerSentEventConnection v, String d, String e, String i, IOException why) {
-                    IoUtils.safeClose(v);
-                }
-            });
-        }
+            /** Tells what this viewer missed; asked again meanwhile, looks once more when it is through. */
+            void catchUp() { if (catchUps.getAndIncrement() == 0) look(); }
 
-        private void sendAll(String event, Long id, String data) {
-            behind.keySet().forEach(viewer -> send(viewer, event, id, data, () -> { }));
+            private void look() { goBack(toldTo.get() - OVERLAP, PageQuery.NEWEST.before(), new ArrayDeque<>()); }
+
+            /** Looks for where it was, page by page, keeping only where each page begins ... */
+            private void goBack(long after, long before, Deque<Long> pages) {
+                read(before, page -> {
+                    if (!page.messages().isEmpty()) pages.push(page.messages().getFirst().id() + 1);
+                    boolean more = page.next() != null && page.messages().getLast().id() > after;
+                    if (more && pages.size() < MOST_PAGES_MISSED) goBack(after, page.messages().getLast().id(), pages);
+                    else bring(after, pages);
+                });
+            }
+
+            /** ... then sends what it missed, oldest first, the next page when this one has left: a slow reader costs little. */
+            private void bring(long after, Deque<Long> pages) {
+                if (pages.isEmpty()) {
+                    if (catchUps.updateAndGet(asked -> asked > 1 ? 1 : 0) > 0) look();
+                } else read(pages.pop(), page -> {
+                    List<Message> missed = page.messages().reversed().stream().filter(one -> one.id() > after).toList();
+                    if (missed.isEmpty()) bring(after, pages);
+                    else sendInTurn(missed, () -> bring(after, pages));
+                });
+            }
+
+            private void sendInTurn(List<Message> messages, Runnable then) {
+                toldTo.accumulateAndGet(messages.getLast().id(), Math::max);
+                var goOn = new ServerSentEventConnection.EventCallback() {
+                    private boolean goneOn; // touched by the stream's I/O thread alone
+
+                    @Override public void done(ServerSentEventConnection s, String event, String data, String id) {
+                        waiting.decrementAndGet();
+                        if (!goneOn) then.run();
+                        goneOn = true;
+                    }
+
+                    @Override public void failed(ServerSentEventConnection s, String event, String data, String id, IOException why) {
+                        IoUtils.safeClose(s);
+                    }
+                };
+                // Any of the second half is the sign to go on: Undertow tells nobody of an event that ends exactly where
+                // one of its buffers does.
+                for (int i = 0; i < messages.size(); i++)
+                    send("message", Long.toString(messages.get(i).id()), messages.get(i).json(), i < messages.size() / 2 ? this : goOn);
+            }
+
+            private void read(long before, Consumer<MessagePage> then) {
+                XnioIoThread thread = worker.getIoThread();
+                Runnable lookLater = () -> { // PostgreSQL is away, or has too much to do
+                    if (stream.isOpen() && !closed) thread.executeAfter(this::look, 1, TimeUnit.SECONDS);
+                };
+                thread.execute(() -> {
+                    boolean taken = reads.offer(new PageQuery(before, 100), thread, (page, failure) -> {
+                        if (failure == null) then.accept(page);
+                        else lookLater.run();
+                    });
+                    if (!taken) lookLater.run();
+                });
+            }
+
+            void send(String event, String id, String data, ServerSentEventConnection.EventCallback whenSent) {
+                if (!stream.isOpen()) return;
+                metrics.told.labelValues(event).inc();
+                if (waiting.incrementAndGet() > MOST_BEHIND) IoUtils.safeClose(stream);
+                else stream.send(data, event, id, whenSent);
+            }
+
+            @Override public void done(ServerSentEventConnection s, String event, String data, String id) { waiting.decrementAndGet(); }
+
+            @Override public void failed(ServerSentEventConnection s, String event, String data, String id, IOException why) {
+                IoUtils.safeClose(s);
+            }
         }
 
         private void publishLoop() {
@@ -1237,7 +1287,7 @@ public final class Service implements AutoCloseable {
 
         private void publishMessages() {
             List<Message> messages = new ArrayList<>();
-            outbox.drainTo(messages, 500);
+            outbox.drainTo(messages, MOST_IN_A_TICK);
             if (!messages.isEmpty() && !missed) {
                 StringBuilder event = new StringBuilder("messages");
                 for (Message message : messages) event.append('\n').append(message.id()).append(' ').append(message.json());
@@ -1258,7 +1308,7 @@ public final class Service implements AutoCloseable {
             String counts = newestCounts;
             if (counts != null && viewers() > 0) {
                 newestCounts = null;
-                sendAll("visit", null, counts);
+                viewers.values().forEach(viewer -> viewer.send("visit", null, counts, viewer));
             }
         }
 
@@ -1297,21 +1347,19 @@ public final class Service implements AutoCloseable {
 
         private void tell(long id, String json) {
             newestId = Math.max(newestId, id);
-            sendAll("message", id, json);
+            String idText = Long.toString(id); // one for all viewers
+            viewers.values().forEach(viewer -> viewer.tell(id, idText, json));
         }
 
-        /** After a break: brings every viewer up to date, with one query for them all. */
-        private void lookForMissed() {
-            long after = newestId - OVERLAP;
-            behind.keySet().forEach(viewer -> goBack(after, Long.MAX_VALUE, new ArrayDeque<>(), viewer));
-        }
+        /** After a break: brings every viewer up to date; their reads are batched like all others. */
+        private void lookForMissed() { viewers.values().forEach(Viewer::catchUp); }
 
         /** Ends the streams; browsers come back to another instance and say what they saw last. */
         @Override public void close() {
             closed = true;
             publisher.interrupt();
             subscriber.interrupt();
-            behind.keySet().forEach(ServerSentEventConnection::shutdown);
+            viewers.keySet().forEach(ServerSentEventConnection::shutdown);
         }
     }
 
@@ -3045,10 +3093,10 @@ public final class Service implements AutoCloseable {
                     "tags": ["visits", "messages"],
                     "operationId": "events",
                     "summary": "What happens on any instance, as Server-Sent Events",
-                    "description": "Event `message`: its id is the message's, its data a Message; each comes at least \
-            once, so drop what you know by its id. Event `visit`: its data is Visits, at most four a second. A \
-            comment line every 15 s shows that the stream is alive. A stream ends when its instance does: connect \
-            again, with what you saw last.",
+                    "description": "Event `message`: its data is a Message, its id the message's; without one it \
+            came while older ones are still being brought to you. Each comes at least once: the Message's id tells. \
+            Event `visit`: its data is Visits, at most four a second. A comment line every 15 s shows that the \
+            stream is alive. A stream ends when its instance does: connect again, with the last id you saw.",
                     "parameters": [
                       {
                         "name": "after", "in": "query", "schema": {"$ref": "#/components/schemas/Id"},

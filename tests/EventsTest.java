@@ -15,6 +15,7 @@ import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.Objects;
 import java.util.Set;
 import java.util.TreeSet;
 import java.util.concurrent.Callable;
@@ -27,7 +28,10 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 class EventsTest {
 
     /** One event as the browser gets it. */
-    record Event(String name, String id, String data) {}
+    record Event(String name, String id, String data) {
+        /** The message's own id: the event has none, or the same. */
+        long message() { return JsonParser.parseString(data).getAsJsonObject().get("id").getAsLong(); }
+    }
 
     /** An open page: collects what it is told, and remembers the last id as a browser does. */
     static final class Viewer implements AutoCloseable {
@@ -68,7 +72,23 @@ class EventsTest {
             synchronized (events) { return events.stream().filter(event -> event.name.equals(name)).toList(); }
         }
 
-        List<Long> ids() { return all("message").stream().map(event -> Long.valueOf(event.id)).toList(); }
+        List<Long> ids() { return all("message").stream().map(Event::message).toList(); }
+
+        /** What a browser says when it comes again; the given one if it was told none. */
+        String lastEventId(String before) {
+            return all("message").stream().map(Event::id).filter(Objects::nonNull).reduce((first, second) -> second).orElse(before);
+        }
+
+        /** Whoever says it has seen an id must have been told all of these up to it. */
+        void checkInTurn(Set<Long> stored) {
+            TreeSet<Long> left = new TreeSet<>(stored);
+            for (Event event : all("message")) {
+                left.remove(event.message());
+                if (event.id == null || left.isEmpty()) continue;
+                assertEquals(event.message(), Long.parseLong(event.id));
+                assertTrue(left.first() > event.message(), event.id + " is told as seen, " + left.first() + " was not told");
+            }
+        }
 
         long lastVisits() {
             return all("visit").isEmpty() ? -1
@@ -98,7 +118,8 @@ class EventsTest {
                     Answer message = instance.say("teller", "by " + instance.name + "\nin two lines, " + MessagesTest.SMILE).expect(201);
                     viewer.awaits(message);
                     other.awaits(message);
-                    Event event = viewer.all("message").stream().filter(one -> one.id.equals("" + message.id())).findFirst().orElseThrow();
+                    Event event = viewer.all("message").stream().filter(one -> one.message() == message.id()).findFirst().orElseThrow();
+                    assertEquals("" + message.id(), event.id);
                     assertEquals(message.json(), JsonParser.parseString(event.data));
                 }
             }
@@ -124,6 +145,15 @@ class EventsTest {
                 long total = last;
                 Wait.until("it hears of the last visit", () -> viewer.lastVisits() >= total);
                 assertEquals(Servers.one().get("/api/visits").json(), JsonParser.parseString(viewer.all("visit").getLast().data));
+            }
+        }
+
+        @Test void who_keeps_up_is_told_of_hundreds_at_once() throws Exception {
+            try (Instance board = new Instance("busy", Servers.environment(Servers.newDatabase())); Viewer viewer = new Viewer(board, "")) {
+                List<Callable<Long>> senders = new ArrayList<>();
+                for (int i = 0; i < 400; i++) senders.add(() -> board.say("a", "all at once").expect(201).id());
+                List<Long> stored = Wait.together(senders);
+                Wait.until("all are told", () -> viewer.ids().containsAll(stored));
             }
         }
 
@@ -170,18 +200,52 @@ class EventsTest {
 
         @ParameterizedTest @ValueSource(ints = {200, 600, 950}) void long_is_brought_all_of_it(int count) throws Exception {
             try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
-                long seen = store(board, 1).getFirst();
+                String seen = store(board, 1).getFirst().toString();
                 TreeSet<Long> missed = new TreeSet<>(store(board, count)), told = new TreeSet<>();
                 for (int visit = 0; visit < 3 && !told.containsAll(missed); visit++) { // a browser that was cut off comes again
-                    try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", "" + (told.isEmpty() ? seen : told.last()))) {
+                    try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", seen)) {
+                        TreeSet<Long> left = new TreeSet<>(missed);
+                        left.removeAll(told);
+                        missed.addAll(store(board, 15)); // others go on writing meanwhile
                         Wait.until("the stream ends or all is told", Duration.ofSeconds(5), () -> {
                             told.addAll(viewer.ids());
                             return viewer.hasEnded() || told.containsAll(missed);
                         });
+                        viewer.checkInTurn(left);
+                        seen = viewer.lastEventId(seen);
                     }
                 }
                 missed.removeAll(told);
                 assertEquals(0, missed.size(), "how many of " + count + " were not told in three visits");
+            }
+        }
+
+        @Test void up_to_the_edge_of_a_page_is_brought_what_it_missed() throws Exception {
+            try (Instance board = new Instance("edge", Servers.environment(Servers.newDatabase()))) {
+                List<Long> ids = store(board, 150).stream().sorted().toList();
+                for (int seen = 97; seen <= 103; seen++) { // fifty are told again: at 100, what is sent begins with a page
+                    try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", "" + ids.get(seen - 1))) {
+                        List<Long> missed = ids.subList(seen, 150);
+                        Wait.until("all after " + seen + " is told", () -> viewer.ids().containsAll(missed));
+                    }
+                }
+            }
+        }
+
+        @Test void is_brought_what_it_missed_when_PostgreSQL_is_back() throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase()), by = new HashMap<>(database);
+            try (Cable cable = new Cable(Servers.databasePort()); Instance elsewhere = new Instance("elsewhere", database)) {
+                by.put("DB_PORT", "" + cable.port());
+                try (Instance board = new Instance("cut", by)) {
+                    board.awaitReady();
+                    List<Long> stored = store(elsewhere, 10);
+                    cable.cut();
+                    try (Viewer viewer = new Viewer(board, "?after=0")) {
+                        Wait.until("it is noticed", () -> board.get("/readyz").status() == 503);
+                        cable.mend();
+                        Wait.until("all that was missed is there", () -> viewer.ids().containsAll(stored));
+                    }
+                }
             }
         }
 
