@@ -599,8 +599,11 @@ public final class Service implements AutoCloseable {
 
         private record Waiting<Q, A>(Q question, Executor home, BiConsumer<A, Exception> then) {}
 
-        /** How long an I/O thread may be away without anybody noticing. */
-        private static final long QUICK_NANOS = 10_000_000;
+        /**
+         * How long an I/O thread may be away without anybody noticing, and longer than it is when not the server was
+         * slow, but the machine had other threads to run: with a limit of 10 ms, one batch of twenty was taken for slow.
+         */
+        private static final long QUICK_NANOS = 25_000_000;
 
         private final BlockingDeque<List<Waiting<Q, A>>> queue = new LinkedBlockingDeque<>();
         private final Semaphore ahead = new Semaphore(2); // batches whose answers are not all sent on their way

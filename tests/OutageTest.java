@@ -463,7 +463,7 @@ class OutageTest {
                 };
                 assertEquals("doubling", ask.call(), "nobody knows yet how long it takes");
                 Wait.until("quick ones stay", () -> ask.call().equals("test-home"));
-                takes.set(Duration.ofMillis(30));
+                takes.set(Duration.ofMillis(60));
                 ask.call();
                 for (int i = 0; i < 3; i++) assertEquals("doubling", ask.call(), "it was slow");
                 takes.set(Duration.ZERO);
