@@ -715,7 +715,8 @@ public final class Service implements AutoCloseable {
 
     /**
      * What is known of PostgreSQL or Redis. A watcher asks it every half second, and whoever sees it fail says so at
-     * once: while it is down requests are answered without trying, so that nothing piles up behind a dead server.
+     * once: while it is down requests are answered without trying, so that nothing piles up behind a dead server, and
+     * the watcher asks more often, so that few are when it is back.
      */
     static final class Dependency implements AutoCloseable {
         interface Probe { void ask() throws Exception; }
@@ -734,7 +735,7 @@ public final class Service implements AutoCloseable {
         void watch(Probe probe) {
             watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
                 try {
-                    for (; ; Thread.sleep(500)) {
+                    for (; ; Thread.sleep(state == State.DOWN ? 100 : 500)) {
                         try {
                             probe.ask();
                             passed();
