@@ -17,6 +17,7 @@ import java.security.Security;
 import java.time.LocalTime;
 import java.time.temporal.ChronoUnit;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
@@ -75,6 +76,8 @@ public final class Load {
             case "everything"  -> everything();         // what the whole run stored, read back once more
             case "direct"      -> direct(words[1]);     // ask an instance without nginx, while it leaves
             case "direct-stop" -> directStop();
+            case "flood"       -> flood(Integer.parseInt(words[1]));
+            case "flood-stop"  -> floodStop();
             case "slow"        -> slow(Integer.parseInt(words[1]));
             case "slow-stop"   -> slowStop();
             case "hang-up"     -> hangUp(Integer.parseInt(words[1]));
@@ -538,6 +541,51 @@ public final class Load {
             }
             connection.close();
         }
+    }
+
+    // ---------------------------------------------------------------------------------------- As fast as it goes
+
+    private final List<Thread> floods = new ArrayList<>();
+    private final List<String> floodFailures = Collections.synchronizedList(new ArrayList<>());
+    private final AtomicInteger floodAnswers = new AtomicInteger();
+    private volatile boolean flooding;
+    private long floodBegan;
+
+    /** So many clients beside the others, who ask without a pause, ten questions at a time, about nothing that is stored. */
+    private String flood(int count) {
+        floods.clear();
+        floodFailures.clear();
+        floodAnswers.set(0);
+        floodBegan = now();
+        flooding = true;
+        for (int i = 0; i < count; i++) floods.add(Thread.ofPlatform().start(this::flood));
+        return "started";
+    }
+
+    private void flood() {
+        Connection connection = new Connection(host, port, READ_MILLIS);
+        String ten = new Request("GET", "/healthz").head(host).repeat(10);
+        while (flooding) {
+            try {
+                connection.write(ten);
+                for (int i = 0; i < 10; i++) {
+                    Answer answer = connection.readAnswer();
+                    if (answer.status == 200) floodAnswers.incrementAndGet();
+                    else floodFailures.add(answer.status + " " + answer.body);
+                }
+            } catch (IOException e) {
+                connection.close();
+                floodFailures.add(e.toString());
+            }
+        }
+        connection.close();
+    }
+
+    private String floodStop() throws InterruptedException {
+        flooding = false;
+        for (Thread flood : floods) flood.join();
+        return "flood=" + floodAnswers.get() * 1_000L / (now() - floodBegan) + " flood-failed=" + floodFailures.size()
+                + Findings.lines("failed", floodFailures);
     }
 
     // ----------------------------------------------------------------------------------------- Hostile clients
