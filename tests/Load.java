@@ -551,7 +551,7 @@ public final class Load {
     private volatile boolean flooding;
     private long floodBegan;
 
-    /** So many clients beside the others, who ask without a pause, ten questions at a time, about nothing that is stored. */
+    /** So many clients beside the others, who never pause and ask ten at a time, for nothing that is stored. */
     private String flood(int count) {
         floods.clear();
         floodFailures.clear();
