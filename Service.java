@@ -362,9 +362,11 @@ public final class Service implements AutoCloseable {
         ask(x, reads, pageQuery(x), (y, page) -> send(y, 200, "application/json", page.json()));
     }
 
+    private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
+
     private void oneMessage(HttpServerExchange x) {
         String text = x.getAttachment(PathTemplateMatch.ATTACHMENT_KEY).getParameters().get("id");
-        if (!text.matches("[1-9][0-9]{0,17}")) throw Problem.notFound("there is no message " + text);
+        if (!ID.matcher(text).matches()) throw Problem.notFound("there is no message " + text);
         long id = Long.parseLong(text);
         ask(x, reads, new PageQuery(id + 1, 1), (y, page) -> {
             if (page.messages().isEmpty() || page.messages().getFirst().id() != id)
@@ -432,7 +434,7 @@ public final class Service implements AutoCloseable {
         Deque<String> values = x.getQueryParameters().get(name);
         if (values == null) return otherwise;
         String value = values.getLast();
-        if (value.matches("[0-9]{1,18}") && Long.parseLong(value) >= 1 && Long.parseLong(value) <= most)
+        if (NUMBER.matcher(value).matches() && Long.parseLong(value) >= 1 && Long.parseLong(value) <= most)
             return Long.parseLong(value);
         throw Problem.badRequest(name + (most == Long.MAX_VALUE ? " has to be the id of a message"
                 : " has to be a whole number from 1 to " + most));
@@ -880,6 +882,7 @@ public final class Service implements AutoCloseable {
                 LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before AND pg_current_snapshot()::text <> ?
                                    ORDER BY id DESC LIMIT asked.size) AS message ON true
                 ORDER BY asked.n, message.id DESC""".formatted(MICROS);
+        private static final String SNAPSHOT = "SELECT pg_current_snapshot()::text";
 
         private final Database forWrites, forReads, forPings;
         private final String instance;
@@ -973,20 +976,31 @@ public final class Service implements AutoCloseable {
             List<PageQuery> distinct = queries.stream().distinct().toList();
             Map<PageQuery, MessagePage> pages = forReads.run(connection -> {
                 boolean isLast = connection == last.connection && distinct.equals(List.of(last.page.query));
-                Map<PageQuery, MessagePage> read = read(connection, distinct, isLast ? last.snapshot : "");
-                return read == null ? Map.of(last.page.query, last.page) : read;
+                boolean same = isLast && last.steady && last.snapshot.equals(snapshot(connection));
+                return same ? last.pages() : read(connection, distinct, isLast ? last.snapshot : "");
             });
             return queries.stream().map(pages::get).toList();
         }
 
         /**
          * The page that was read last, and PostgreSQL's snapshot (which transactions had ended) that it was read in.
-         * As long as the snapshot is the same, so is the page: PostgreSQL is asked, but nothing is read twice.
+         * As long as the snapshot is the same, so is the page: PostgreSQL is asked, but nothing is read twice. If it is
+         * {@code steady}, which means that it was the same the last time, then only the snapshot is asked for, which
+         * takes two thirds of the time; else one question brings the snapshot and what has changed.
          */
-        private record Last(Connection connection, String snapshot, MessagePage page) {}
-        private Last last = new Last(null, "", MessagePage.UNKNOWN);
+        private record Last(Connection connection, String snapshot, MessagePage page, boolean steady) {
+            Map<PageQuery, MessagePage> pages() { return Map.of(page.query, page); }
+        }
+        private Last last = new Last(null, "", MessagePage.UNKNOWN, false);
 
-        /** @return null, if PostgreSQL is still at the {@code known} snapshot */
+        private static String snapshot(Connection connection) throws SQLException {
+            try (PreparedStatement select = connection.prepareStatement(SNAPSHOT); ResultSet row = select.executeQuery()) {
+                row.next();
+                return row.getString(1);
+            }
+        }
+
+        /** @param known the snapshot of the last page, if it is the one that is asked for, else empty */
         private Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries, String known)
                 throws SQLException {
             List<List<Message>> found = new ArrayList<>();
@@ -1004,10 +1018,13 @@ public final class Service implements AutoCloseable {
                     }
                 }
             }
-            if (snapshot.equals(known)) return null;
+            if (snapshot.equals(known)) {
+                last = new Last(connection, known, last.page, true);
+                return last.pages();
+            }
             Map<PageQuery, MessagePage> pages = new HashMap<>();
             for (int i = 0; i < queries.size(); i++) pages.put(queries.get(i), page(queries.get(i), found.get(i)));
-            if (queries.size() == 1) last = new Last(connection, snapshot, pages.get(queries.getFirst()));
+            if (queries.size() == 1) last = new Last(connection, snapshot, pages.get(queries.getFirst()), false);
             return pages;
         }
 

@@ -224,6 +224,15 @@ class MessagesTest {
             for (Set<Long> seen : Wait.together(List.of(walk, write, walk))) assertTrue(seen.containsAll(mine), "expected " + mine + ", actual: " + seen);
         }
 
+        @ParameterizedTest @ValueSource(ints = {0, 1, 2, 3, 10}) void has_what_another_instance_stored_however_often_it_was_read_before(int times) {
+            Instance reader = Servers.three().get(1), writer = Servers.three().get(2);
+            for (int i = 0; i < times; i++) reader.get("/api/messages?limit=2").expect(200);
+            for (int i = 0; i < 3; i++) {
+                long id = writer.say("a", "read " + times + " times before").expect(201).id();
+                assertEquals(id, ids(reader.get("/api/messages?limit=2").expect(200).json()).getFirst());
+            }
+        }
+
         @Test void answers_many_different_questions_at_once() throws Exception {
             List<Callable<List<Long>>> questions = new ArrayList<>();
             for (int i = 0; i < 60; i++) {
