@@ -968,8 +968,8 @@ public final class Service implements AutoCloseable {
         }
 
         /**
-         * Answers the first queries, as many as it reads at once, with one statement; it begins after they came, so each
-         * sees all that was acknowledged.
+         * Answers the first queries, as many as it reads at once, with one statement, or two (see {@link Last}); they
+         * begin after the queries came, so each sees all that was acknowledged.
          */
         List<MessagePage> pages(List<PageQuery> waiting) {
             List<PageQuery> queries = atOnce(waiting);
@@ -1187,7 +1187,7 @@ public final class Service implements AutoCloseable {
         private void joined(ServerSentEventConnection stream, String lastEventId) {
             Deque<String> after = stream.getQueryParameters().get("after");
             String last = lastEventId != null ? lastEventId : after == null ? null : after.getLast();
-            boolean wasAway = last != null && last.matches("[0-9]{1,18}");
+            boolean wasAway = last != null && NUMBER.matcher(last).matches();
             Viewer viewer = new Viewer(stream, wasAway ? Long.parseLong(last) : newestId, wasAway);
             viewers.put(stream, viewer);
             stream.addCloseTask(viewers::remove);
