@@ -1,6 +1,6 @@
 -- What wrk sends and tells: wrk … -s load.lua URL -- get|post|overload [TEXT [RATE]]
--- Prints one line: requests that were answered well, microseconds, p50 and p99 in microseconds, requests that were not;
--- for `overload`: 201s, 503s with Retry-After, other answers, connections that broke.
+-- Prints one line: requests that were answered well, microseconds, p50 and p99 in microseconds, requests that were not,
+-- and how not; for `overload`: 201s, 503s with Retry-After, other answers, connections that broke.
 local ffi = require("ffi")
 ffi.cdef "typedef struct { long seconds, micros; } timeval; int gettimeofday(timeval *, void *);"
 
@@ -47,7 +47,8 @@ function done(summary, latency)
     end
     print("wrk", sum.stored, sum.refused, sum.other, broken)
   else
-    print("wrk", summary.requests - summary.errors.status, summary.duration, latency:percentile(50),
-      latency:percentile(99), broken + summary.errors.timeout + summary.errors.status)
+    local late, refused = summary.errors.timeout, summary.errors.status
+    print("wrk", summary.requests - refused, summary.duration, latency:percentile(50), latency:percentile(99),
+      broken + late + refused, string.format("%d broken, %d late, %d with an error", broken, late, refused))
   end
 end

@@ -1,0 +1,61 @@
+import com.google.gson.JsonObject;
+import com.google.gson.JsonParser;
+import io.undertow.Handlers;
+import io.undertow.Undertow;
+import io.undertow.server.HttpServerExchange;
+import io.undertow.server.handlers.BlockingHandler;
+import io.undertow.util.Headers;
+import java.io.IOException;
+import java.sql.Connection;
+import java.sql.DriverManager;
+import java.sql.PreparedStatement;
+import java.sql.ResultSet;
+import java.sql.SQLException;
+import java.util.UUID;
+
+import static java.nio.charset.StandardCharsets.UTF_8;
+
+/**
+ * What `POST /api/messages` is compared to: the plain blocking way, on the same libraries. Each request has a thread of
+ * sixteen and the thread's own connection for as long as it takes; each message is one INSERT and one commit. It checks
+ * nothing, and does not store a repeated request once, so it has less to do.
+ */
+public class Blocking {
+    private static final ThreadLocal<Connection> DATABASE = ThreadLocal.withInitial(Blocking::connect);
+
+    public static void main(String[] args) {
+        Undertow.builder().addHttpListener(9999, "0.0.0.0").setIoThreads(1).setWorkerThreads(16)
+                .setHandler(Handlers.path(new BlockingHandler(Blocking::store)).addExactPath("/healthz", exchange -> { }))
+                .build().start();
+    }
+
+    /** Connects as docker-compose.yml says; every statement is prepared on the server from its first use. */
+    private static Connection connect() {
+        try {
+            return DriverManager.getConnection("jdbc:postgresql://postgres/" + System.getenv("DB_NAME") + "?prepareThreshold=1",
+                    System.getenv("DB_USER"), System.getenv("DB_PASS"));
+        } catch (SQLException e) {
+            throw new IllegalStateException(e);
+        }
+    }
+
+    private static void store(HttpServerExchange exchange) throws SQLException, IOException {
+        JsonObject message = JsonParser.parseString(new String(exchange.getInputStream().readAllBytes(), UTF_8)).getAsJsonObject();
+        try (PreparedStatement insert = DATABASE.get().prepareStatement("""
+                INSERT INTO messages (author, body, instance, request_key) VALUES (?, ?, 'blocking', ?)
+                RETURNING id, created_at""")) {
+            insert.setString(1, message.get("author").getAsString());
+            insert.setString(2, message.get("body").getAsString());
+            insert.setString(3, "s:" + UUID.randomUUID());
+            try (ResultSet stored = insert.executeQuery()) {
+                stored.next();
+                message.addProperty("id", stored.getLong("id"));
+                message.addProperty("createdAt", stored.getTimestamp("created_at").toInstant().toString());
+            }
+        }
+        exchange.setStatusCode(201).getResponseHeaders()
+                .put(Headers.CONTENT_TYPE, "application/json")
+                .put(Headers.LOCATION, "/api/messages/" + message.get("id"));
+        exchange.getResponseSender().send(message.toString());
+    }
+}
