@@ -17,8 +17,8 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 
 /**
  * What `POST /api/messages` is compared to: the plain blocking way, on the same libraries. Each request has a thread of
- * sixteen and the thread's own connection for as long as it takes; each message is one INSERT and one commit. It checks
- * nothing, and does not store a repeated request once, so it has less to do.
+ * sixteen and the thread's own connection for as long as it takes; each message is one INSERT and one commit. It has less
+ * to do: it checks nothing, and does not answer a repeated request with what was stored.
  */
 public class Blocking {
     private static final ThreadLocal<Connection> DATABASE = ThreadLocal.withInitial(Blocking::connect);
@@ -43,7 +43,7 @@ public class Blocking {
         JsonObject message = JsonParser.parseString(new String(exchange.getInputStream().readAllBytes(), UTF_8)).getAsJsonObject();
         try (PreparedStatement insert = DATABASE.get().prepareStatement("""
                 INSERT INTO messages (author, body, instance, request_key) VALUES (?, ?, 'blocking', ?)
-                RETURNING id, created_at""")) {
+                ON CONFLICT (request_key) DO NOTHING RETURNING id, created_at""")) {
             insert.setString(1, message.get("author").getAsString());
             insert.setString(2, message.get("body").getAsString());
             insert.setString(3, "s:" + UUID.randomUUID());
