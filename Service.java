@@ -603,7 +603,7 @@ public final class Service implements AutoCloseable {
 
         /**
          * How long an I/O thread may be away without anybody noticing, and longer than it is when not the server was
-         * slow, but the machine had other threads to run: with a limit of 10 ms, one batch of twenty was taken for slow.
+         * slow, but the machine had other threads to run: with 10 ms, one batch of twenty was taken for slow.
          */
         private static final long QUICK_NANOS = 25_000_000;
 
@@ -619,7 +619,7 @@ public final class Service implements AutoCloseable {
         private final Thread thread;
 
         /**
-         * @param capacity how many may wait; more are turned away, so that a slow database makes a queue of known length
+         * @param capacity how many may wait; more are turned away, so that a slow database makes no endless queue
          * @param sizes    is told the size of each batch
          */
         Batcher(String name, int capacity, IntConsumer sizes, Work<Q, A> work) {
@@ -896,7 +896,9 @@ public final class Service implements AutoCloseable {
 
         void ping() {
             forPings.attempt(connection -> {
-                try (var statement = connection.createStatement()) { return statement.execute("SELECT FROM messages LIMIT 1"); }
+                try (var statement = connection.createStatement()) {
+                    return statement.execute("SELECT FROM messages LIMIT 1");
+                }
             });
         }
 
@@ -994,7 +996,8 @@ public final class Service implements AutoCloseable {
         private Last last = new Last(null, "", MessagePage.UNKNOWN, false);
 
         private static String snapshot(Connection connection) throws SQLException {
-            try (PreparedStatement select = connection.prepareStatement(SNAPSHOT); ResultSet row = select.executeQuery()) {
+            try (PreparedStatement select = connection.prepareStatement(SNAPSHOT);
+                 ResultSet row = select.executeQuery()) {
                 row.next();
                 return row.getString(1);
             }
@@ -1233,7 +1236,7 @@ public final class Service implements AutoCloseable {
                 });
             }
 
-            /** ... then sends what it missed, oldest first, the next page when this one has left: a slow reader costs little. */
+            /** ... then sends what it missed, oldest first, one page after the other: a slow reader costs little. */
             private void bring(long after, Deque<Long> pages) {
                 if (pages.isEmpty()) {
                     if (catchUps.updateAndGet(asked -> asked > 1 ? 1 : 0) > 0) look();
@@ -1255,14 +1258,16 @@ public final class Service implements AutoCloseable {
                         goneOn = true;
                     }
 
-                    @Override public void failed(ServerSentEventConnection s, String event, String data, String id, IOException why) {
+                    @Override public void failed(ServerSentEventConnection s, String event, String data, String id,
+                                                 IOException why) {
                         IoUtils.safeClose(s);
                     }
                 };
-                // Any of the second half is the sign to go on: Undertow tells nobody of an event that ends exactly where
-                // one of its buffers does.
+                // Any of the second half is the sign to go on: Undertow tells nobody of an event that ends exactly
+                // where one of its buffers does.
                 for (int i = 0; i < messages.size(); i++)
-                    send("message", Long.toString(messages.get(i).id()), messages.get(i).json(), i < messages.size() / 2 ? this : goOn);
+                    send("message", Long.toString(messages.get(i).id()), messages.get(i).json(),
+                            i < messages.size() / 2 ? this : goOn);
             }
 
             private void read(long before, Consumer<MessagePage> then) {
@@ -1286,9 +1291,12 @@ public final class Service implements AutoCloseable {
                 else stream.send(data, event, id, whenSent);
             }
 
-            @Override public void done(ServerSentEventConnection s, String event, String data, String id) { waiting.decrementAndGet(); }
+            @Override public void done(ServerSentEventConnection s, String event, String data, String id) {
+                waiting.decrementAndGet();
+            }
 
-            @Override public void failed(ServerSentEventConnection s, String event, String data, String id, IOException why) {
+            @Override public void failed(ServerSentEventConnection s, String event, String data, String id,
+                                         IOException why) {
                 IoUtils.safeClose(s);
             }
         }
@@ -1311,7 +1319,8 @@ public final class Service implements AutoCloseable {
             outbox.drainTo(messages, MOST_IN_A_TICK);
             if (!messages.isEmpty() && !missed) {
                 StringBuilder event = new StringBuilder("messages");
-                for (Message message : messages) event.append('\n').append(message.id()).append(' ').append(message.json());
+                for (Message message : messages)
+                    event.append('\n').append(message.id()).append(' ').append(message.json());
                 missed = true; // unless this line is followed by the next but one
                 counters.publish(event.toString());
                 missed = false;
@@ -1387,7 +1396,7 @@ public final class Service implements AutoCloseable {
     // ----------------------------------------------------------------------------------------- HTTP plumbing
 
     static final int BODY_MOST = 16 * 1024;
-    /** A page of long messages can have a megabyte. Where so many bytes of such answers wait to be taken, no more are read. */
+    /** A page can have a megabyte. Where so many bytes of large answers wait to be taken, no more are read. */
     private static final int LARGE = 64 * 1024, UNSENT_MOST = 8 * 1024 * 1024;
     private static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
     private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
@@ -1462,7 +1471,8 @@ public final class Service implements AutoCloseable {
 
     /** From the table: 404 for an unknown path, 405 with what is allowed for an unknown method. */
     private HttpHandler router() {
-        PathTemplateHandler paths = new PathTemplateHandler(x -> { throw Problem.notFound("there is nothing here"); }, false);
+        PathTemplateHandler paths =
+                new PathTemplateHandler(x -> { throw Problem.notFound("there is nothing here"); }, false);
         Map<String, Map<String, HttpHandler>> byPath = new LinkedHashMap<>();
         for (Route route : routes) {
             Map<String, HttpHandler> methods = byPath.computeIfAbsent(route.path(), path -> new LinkedHashMap<>());
@@ -1604,7 +1614,9 @@ public final class Service implements AutoCloseable {
 
         static Problem badRequest(String detail) { return of(400, "Bad Request", detail); }
         static Problem notFound(String detail) { return of(404, "Not Found", detail); }
-        static Problem methodNotAllowed(String allow) { return of(405, "Method Not Allowed", "allowed here: " + allow); }
+        static Problem methodNotAllowed(String allow) {
+            return of(405, "Method Not Allowed", "allowed here: " + allow);
+        }
         static Problem tooLarge() { return of(413, "Content Too Large", "a body may have " + BODY_MOST + " bytes"); }
         static Problem unsupportedMediaType() {
             return of(415, "Unsupported Media Type",
@@ -1618,7 +1630,9 @@ public final class Service implements AutoCloseable {
         }
         static Problem unavailable(String detail) { return of(503, "Service Unavailable", detail); }
         static Problem overloaded() { return unavailable("too many requests are waiting"); }
-        static Problem unexpected() { return of(500, "Internal Server Error", "this should not happen; it was logged"); }
+        static Problem unexpected() {
+            return of(500, "Internal Server Error", "this should not happen; it was logged");
+        }
 
         String json() {
             Json json = new Json().put("type", "about:blank").put("title", title).put("status", status)
@@ -1642,7 +1656,8 @@ public final class Service implements AutoCloseable {
         /** An object of names and values in turn; a value is a string, number, boolean, null or map of such. */
         static String object(Object... namesAndValues) {
             Json json = new Json();
-            for (int i = 0; i < namesAndValues.length; i += 2) json.put((String) namesAndValues[i], namesAndValues[i + 1]);
+            for (int i = 0; i < namesAndValues.length; i += 2)
+                json.put((String) namesAndValues[i], namesAndValues[i + 1]);
             return json.end();
         }
 
@@ -1680,7 +1695,8 @@ public final class Service implements AutoCloseable {
             try (JsonReader reader = new JsonReader(new StringReader(json))) {
                 reader.setStrictness(Strictness.STRICT);
                 reader.setNestingLimit(32);
-                if (reader.peek() != JsonToken.BEGIN_OBJECT) throw Problem.badRequest("the body has to be a JSON object");
+                if (reader.peek() != JsonToken.BEGIN_OBJECT)
+                    throw Problem.badRequest("the body has to be a JSON object");
                 reader.beginObject();
                 Set<String> seen = new HashSet<>();
                 while (reader.hasNext()) {
@@ -1689,12 +1705,14 @@ public final class Service implements AutoCloseable {
                     if (!names.contains(name)) reader.skipValue();
                     else if (reader.peek() == JsonToken.STRING) found.put(name, reader.nextString());
                     else {
-                        errors.put(name, name + (reader.peek() == JsonToken.NULL ? " is missing" : " has to be a string"));
+                        boolean missing = reader.peek() == JsonToken.NULL;
+                        errors.put(name, name + (missing ? " is missing" : " has to be a string"));
                         reader.skipValue();
                     }
                 }
                 reader.endObject();
-                if (reader.peek() != JsonToken.END_DOCUMENT) throw Problem.badRequest("something follows the JSON object");
+                if (reader.peek() != JsonToken.END_DOCUMENT)
+                    throw Problem.badRequest("something follows the JSON object");
             } catch (IOException | IllegalStateException | NumberFormatException e) {
                 throw Problem.badRequest("the body is not valid JSON");
             }
@@ -1791,7 +1809,8 @@ public final class Service implements AutoCloseable {
             root.addHandler(new Handler() {
                 @Override public void publish(LogRecord record) {
                     if (isLoggable(record)) warn("library", "logger", record.getLoggerName(), "reason",
-                            record.getMessage() + (record.getThrown() == null ? "" : ": " + reason(record.getThrown())));
+                            record.getMessage()
+                            + (record.getThrown() == null ? "" : ": " + reason(record.getThrown())));
                 }
                 @Override public void flush() {}
                 @Override public void close() {}
@@ -1811,7 +1830,8 @@ public final class Service implements AutoCloseable {
         private static void line(String level, String event, Object... namesAndValues) {
             Json json = new Json().put("time", Instant.now().truncatedTo(ChronoUnit.MILLIS)).put("level", level)
                     .put("instance", instance).put("event", event);
-            for (int i = 0; i < namesAndValues.length; i += 2) json.put((String) namesAndValues[i], namesAndValues[i + 1]);
+            for (int i = 0; i < namesAndValues.length; i += 2)
+                json.put((String) namesAndValues[i], namesAndValues[i + 1]);
             String line = System.console() == null ? json.end() : readable(event, namesAndValues);
             if (!lines.offer(line)) dropped.incrementAndGet();
         }
@@ -1908,12 +1928,12 @@ public final class Service implements AutoCloseable {
                 .setByteBufferPool(new DefaultByteBufferPool(true, BODY_MOST, 1_024, 4))
                 .setHandler(new HttpContinueReadHandler(this::root))
                 .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
-                .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 64L * BODY_MOST) // up to here a 413 is read to its end
+                .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 64L * BODY_MOST) // up to here a 413 reads to the end
                 .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
                 .setServerOption(UndertowOptions.MAX_HEADERS, 1_000)
                 .setServerOption(UndertowOptions.MAX_PARAMETERS, 100)
                 .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
-                .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // far above nginx's 2 s: it closes first
+                .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
                 .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
                 .setServerOption(UndertowOptions.ALWAYS_SET_KEEP_ALIVE, false)
                 .setServerOption(UndertowOptions.ENABLE_HTTP2, false)

@@ -17,30 +17,31 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 
 /**
  * What `POST /api/messages` is compared to: the plain blocking way, on the same libraries. Each request has a thread of
- * sixteen and the thread's own connection for as long as it takes; each message is one INSERT and one commit. It has less
- * to do: it checks nothing, and does not answer a repeated request with what was stored.
+ * sixteen and the thread's own connection for as long as it takes; each message is one INSERT and one commit. It has
+ * less to do: it checks nothing, and does not answer a repeated request with what was stored.
  */
 public class Blocking {
     private static final ThreadLocal<Connection> DATABASE = ThreadLocal.withInitial(Blocking::connect);
 
     public static void main(String[] args) {
-        Undertow.builder().addHttpListener(9999, "0.0.0.0").setIoThreads(1).setWorkerThreads(16)
-                .setHandler(Handlers.path(new BlockingHandler(Blocking::store)).addExactPath("/healthz", exchange -> { }))
+        var paths = Handlers.path(new BlockingHandler(Blocking::store)).addExactPath("/healthz", exchange -> { });
+        Undertow.builder().addHttpListener(9999, "0.0.0.0").setIoThreads(1).setWorkerThreads(16).setHandler(paths)
                 .build().start();
     }
 
     /** Connects as docker-compose.yml says; every statement is prepared on the server from its first use. */
     private static Connection connect() {
         try {
-            return DriverManager.getConnection("jdbc:postgresql://postgres/" + System.getenv("DB_NAME") + "?prepareThreshold=1",
-                    System.getenv("DB_USER"), System.getenv("DB_PASS"));
+            String url = "jdbc:postgresql://postgres/" + System.getenv("DB_NAME") + "?prepareThreshold=1";
+            return DriverManager.getConnection(url, System.getenv("DB_USER"), System.getenv("DB_PASS"));
         } catch (SQLException e) {
             throw new IllegalStateException(e);
         }
     }
 
     private static void store(HttpServerExchange exchange) throws SQLException, IOException {
-        JsonObject message = JsonParser.parseString(new String(exchange.getInputStream().readAllBytes(), UTF_8)).getAsJsonObject();
+        String body = new String(exchange.getInputStream().readAllBytes(), UTF_8);
+        JsonObject message = JsonParser.parseString(body).getAsJsonObject();
         try (PreparedStatement insert = DATABASE.get().prepareStatement("""
                 INSERT INTO messages (author, body, instance, request_key) VALUES (?, ?, 'blocking', ?)
                 ON CONFLICT (request_key) DO NOTHING RETURNING id, created_at""")) {
