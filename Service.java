@@ -1654,11 +1654,12 @@ public final class Service implements AutoCloseable {
         }
 
         /** An object of names and values in turn; a value is a string, number, boolean, null or map of such. */
-        static String object(Object... namesAndValues) {
-            Json json = new Json();
+        static String object(Object... namesAndValues) { return new Json().putAll(namesAndValues).end(); }
+
+        Json putAll(Object... namesAndValues) {
             for (int i = 0; i < namesAndValues.length; i += 2)
-                json.put((String) namesAndValues[i], namesAndValues[i + 1]);
-            return json.end();
+                put((String) namesAndValues[i], namesAndValues[i + 1]);
+            return this;
         }
 
         Json put(String name, Object value) {
@@ -1829,9 +1830,7 @@ public final class Service implements AutoCloseable {
 
         private static void line(String level, String event, Object... namesAndValues) {
             Json json = new Json().put("time", Instant.now().truncatedTo(ChronoUnit.MILLIS)).put("level", level)
-                    .put("instance", instance).put("event", event);
-            for (int i = 0; i < namesAndValues.length; i += 2)
-                json.put((String) namesAndValues[i], namesAndValues[i + 1]);
+                    .put("instance", instance).put("event", event).putAll(namesAndValues);
             String line = System.console() == null ? json.end() : readable(event, namesAndValues);
             if (!lines.offer(line)) dropped.incrementAndGet();
         }
