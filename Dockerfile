@@ -58,10 +58,6 @@ COPY <<'EOF_OPTIONS' java.options
 -XX:Tier3MinInvocationThreshold=1000
 -XX:Tier3CompileThreshold=8000
 -XX:Tier3BackEdgeThreshold=120000
-# By default all of the heap is collected to throw away old compiled code, each time another 15 % of the code's room has
-# been taken: four times in the first two minutes under load, and nobody gets an answer for 30 to 60 ms. It takes 11 MB of
-# its 24 then, and near the limit old code goes anyway.
--XX:SweeperThreshold=100
 # Out of memory is stuck, and Docker restarts what exits, not what is stuck.
 -XX:+ExitOnOutOfMemoryError
 # Start-up: classes as they were after loading (made below). If they don't fit this Java, it starts without them.
