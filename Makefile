@@ -24,7 +24,7 @@ help:
 .PHONY: up
 up: ## builds, starts, waits until all is healthy, prints the address
 	@docker compose up --detach --build --wait || { \
-	  for image in $$(tests/offline/build --missing 2>/dev/null); do \
+	  for image in $$(scripts/offline-images/build --missing 2>/dev/null); do \
 	    echo "$$image could not be pulled: \`make offline-images\` builds stand-ins for it and the others" >&2; \
 	    exit 1; \
 	  done; false; } || $(hint)
@@ -36,7 +36,7 @@ build: ## builds the image
 
 .PHONY: exercise
 exercise: ## sends visits and messages for a while and shows live who answered (SECONDS_LONG=20)
-	@tests/exercise
+	@scripts/exercise
 
 .PHONY: ps
 ps: ## state of the containers
@@ -54,15 +54,15 @@ trace: ## follows one request through all logs: make trace ID=… (the X-Request
 
 .PHONY: restart
 restart: ## restarts every container
-	@docker compose restart && . tests/lib.sh && wait_ready
+	@docker compose restart && . scripts/lib.sh && wait_ready
 
 .PHONY: rolling
 rolling: ## replaces the web instances one at a time, without a failed request
-	@tests/rolling
+	@scripts/rolling
 
 .PHONY: scale
 scale: ## N web instances in all, 3 to 20, without a failed request: make scale N=6
-	@tests/scale "$(N)"
+	@scripts/scale "$(N)"
 
 .PHONY: down
 down: ## stops it; the data stay
@@ -116,18 +116,18 @@ redis-cli: ## a prompt at Redis
 
 .PHONY: backup
 backup: ## messages and counters into one archive: make backup FILE=threefold.tar.gz
-	@tests/backup save "$(FILE)"
+	@scripts/backup save "$(FILE)"
 
 .PHONY: restore
 restore: ## …and back, after asking: make restore FILE=threefold.tar.gz
-	@tests/backup load "$(FILE)"
+	@scripts/backup load "$(FILE)"
 
 ##@ Trouble
 
 .PHONY: doctor
 doctor: ## what is present, what is missing, and how to get it
-	@tests/doctor
+	@scripts/doctor
 
 .PHONY: offline-images
 offline-images: ## builds stand-ins for the official images, where no registry can be reached
-	@tests/offline/build
+	@scripts/offline-images/build
