@@ -30,9 +30,10 @@ COPY --from=deps /deps /deps
 RUN jbang info classpath /deps/compile.java > /deps/classpath \
  && mkdir lib && jbang info classpath /deps/runtime.java | tr ':' '\n' | grep -v '/runtime.jar$' | xargs cp -t lib
 # --- The service.
-COPY Service.java init.sql ./
-RUN mkdir /classes && javac -Xlint:-options -XDstringConcat=inline -proc:none -d /classes -cp "$(cat /deps/classpath)" Service.java \
- && jar --create --file service.jar -C /classes . -C . init.sql && rm Service.java init.sql
+COPY Service.java init.sql openapi.json page/ /source/
+RUN mkdir /classes && cd /source \
+ && javac -Xlint:-options -XDstringConcat=inline -proc:none -d /classes -cp "$(cat /deps/classpath)" Service.java \
+ && rm Service.java && jar --create --file /opt/threefold/service.jar -C /classes . -C /source .
 COPY <<'EOF_OPTIONS' java.options
 # The container may have 192 MB (docker-compose.yml). Heap: 32 MB do for ordinary load, 64 for 1,024 waiting requests
 # of the largest size; without a limit on the young part it would take all it may have and never give it back. Direct

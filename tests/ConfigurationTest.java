@@ -25,14 +25,14 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 /** What the environment tells an instance, and what it says to what it can't use. */
 class ConfigurationTest {
 
-    static Service.Config config(String... namesAndValues) throws Service.Config.Invalid {
+    static Config config(String... namesAndValues) throws Config.Invalid {
         Map<String, String> environment = new HashMap<>();
         for (int i = 0; i < namesAndValues.length; i += 2) environment.put(namesAndValues[i], namesAndValues[i + 1]);
-        return Service.Config.from(environment);
+        return Config.from(environment);
     }
 
     static String refusal(String... namesAndValues) {
-        String said = assertThrows(Service.Config.Invalid.class, () -> config(namesAndValues)).getMessage();
+        String said = assertThrows(Config.Invalid.class, () -> config(namesAndValues)).getMessage();
         assertTrue(said.lines().count() == 1 && !said.contains("\r"), "expected one line, actual: " + said);
         return said;
     }
@@ -48,17 +48,20 @@ class ConfigurationTest {
 
     @Nested class What_is_not_set {
         @Test void has_the_defaults_of_the_contract() throws Exception {
-            Service.Config config = config();
+            Config config = config();
             assertEquals(9999, config.port());
-            assertNull(config.redisHost());
-            assertEquals(6379, config.redisPort());
-            assertNull(config.redisPass().value());
-            assertNull(config.dbHost());
-            assertEquals(5432, config.dbPort());
-            assertEquals("app", config.dbName());
-            assertEquals("app", config.dbUser());
-            assertNull(config.dbPass().value());
+            assertEquals("127.0.0.1", config.host());
+            assertEquals(List.of(), config.redis().hosts());
+            assertNull(config.redis().pass().value());
+            assertEquals(List.of(), config.postgres().hosts());
+            assertEquals("app", config.postgres().name());
+            assertEquals("app", config.postgres().user());
+            assertNull(config.postgres().pass().value());
             assertTrue(config.needsEmbedded());
+            Config served = config("DB_HOST", "postgres", "REDIS_HOST", "redis");
+            assertEquals("::", served.host());
+            assertEquals("[redis:6379]", served.redis().hosts().toString());
+            assertEquals("[postgres:5432]", served.postgres().hosts().toString());
         }
 
         @Test void makes_the_host_name_the_instance() throws Exception {
@@ -85,16 +88,17 @@ class ConfigurationTest {
 
         @ParameterizedTest @ValueSource(strings = {"1", "80", "65535"})
         void that_is_one_is_taken(String value) throws Exception {
-            Service.Config config = config("PORT", value, "DB_PORT", value, "REDIS_PORT", value);
-            assertEquals(List.of(value, value, value), List.of("" + config.port(), "" + config.dbPort(), "" + config.redisPort()));
+            Config config = config("PORT", value, "DB_HOST", "d", "DB_PORT", value, "REDIS_HOST", "r", "REDIS_PORT", value);
+            assertEquals(List.of(value, "[d:" + value + "]", "[r:" + value + "]"), List.of("" + config.port(),
+                    config.postgres().hosts().toString(), config.redis().hosts().toString()));
         }
     }
 
     @Nested class A_password {
         @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
         void in_a_file_is_read_without_its_line_end(String name) throws Exception {
-            Service.Config config = config(name + "_FILE", file("password", "s3cret word\n").toString());
-            assertEquals("s3cret word", (name.equals("DB_PASS") ? config.dbPass() : config.redisPass()).value());
+            Config config = config(name + "_FILE", file("password", "s3cret word\n").toString());
+            assertEquals("s3cret word", (name.equals("DB_PASS") ? config.postgres().pass() : config.redis().pass()).value());
         }
 
         @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
@@ -164,12 +168,15 @@ class ConfigurationTest {
 
     /** Servers that ask for a password: a Redis of its own, and a database of the shared PostgreSQL. */
     @Nested class Passwords {
-        private static Service.Embedded redis;
+        private static Embedded redis;
+        private static Config.Redis toRedis;
         private static Map<String, String> environment;
 
         @BeforeAll static void lockUp() throws Exception {
-            redis = new Service.Embedded(config("DATA_DIR", Servers.FOLDER.resolve("locked").toString(), "DB_HOST", "none")).start();
-            try (Jedis jedis = new Jedis("127.0.0.1", redis.config().redisPort())) {
+            redis = new Embedded(config("DATA_DIR", Servers.FOLDER.resolve("locked").toString(), "DB_HOST", "none"));
+            toRedis = redis.start().redis();
+            try (Jedis jedis = new Jedis("127.0.0.1", toRedis.hosts().getFirst().getPort())) {
+                jedis.auth(toRedis.pass().value());
                 jedis.configSet("requirepass", "open sesame");
             }
             String database = Servers.newDatabase();
@@ -178,7 +185,7 @@ class ConfigurationTest {
             Files.writeString(access, "host " + database + " keeper 127.0.0.1/32 scram-sha-256\n" + Files.readString(access));
             Servers.sql("postgres", "SELECT pg_reload_conf()");
             environment = new HashMap<>(Servers.environment(database));
-            environment.putAll(Map.of("REDIS_PORT", "" + redis.config().redisPort(), "DB_USER", "keeper"));
+            environment.putAll(Map.of("REDIS_PORT", "" + toRedis.hosts().getFirst().getPort(), "DB_USER", "keeper"));
         }
 
         @AfterAll static void close() { if (redis != null) redis.close(); }
@@ -198,8 +205,8 @@ class ConfigurationTest {
         }
 
         @Test void from_files_open_both() throws Exception {
-            try (Instance instance = new Instance("guest", with("DB_PASS_FILE", file("db", "pick me not\n").toString(),
-                    "REDIS_PASS_FILE", file("redis", "open sesame\n").toString()))) {
+            try (Instance instance = new Instance("guest", with("DB_PASS", "", "DB_PASS_FILE", file("db", "pick me not\n").toString(),
+                    "REDIS_PASS", "", "REDIS_PASS_FILE", file("redis", "open sesame\n").toString()))) {
                 instance.awaitReady();
                 instance.say("keeper", "let in").expect(201);
                 assertTrue(instance.visits() > 0);

@@ -31,13 +31,13 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What every request can count on, whatever it asks for and however badly it is put. */
 class HttpTest {
-    static final int BODY_MOST = 16 * 1024;
+    static final int BODY_MOST = 32 * 1024;
     private static String stored;
 
     /** The paths of the table, each with something that is there. */
     static synchronized List<String> paths() {
         if (stored == null) stored = Servers.one().say("router", "something that is there").expect(201).header("location");
-        return Servers.one().service.routes.stream().map(Service.Route::path).distinct()
+        return Servers.one().service.routes.stream().map(Route::path).distinct()
                 .map(path -> path.equals("/api/messages/{id}") ? stored : path).toList();
     }
 
@@ -46,7 +46,7 @@ class HttpTest {
     /** What the table allows there. */
     static Set<String> allowed(String path) {
         Set<String> methods = Servers.one().service.routes.stream().filter(route -> route.path().equals(template(path)))
-                .map(Service.Route::method).collect(Collectors.toCollection(TreeSet::new));
+                .map(Route::method).collect(Collectors.toCollection(TreeSet::new));
         if (methods.contains("GET")) methods.add("HEAD");
         methods.add("OPTIONS");
         return methods;
@@ -169,7 +169,7 @@ class HttpTest {
         @Test void is_described_by_the_open_api_document() {
             JsonObject document = Servers.one().get("/openapi.json").expect(200).json();
             assertTrue(document.get("openapi").getAsString().startsWith("3.1"));
-            for (Service.Route route : Servers.one().service.routes) {
+            for (Route route : Servers.one().service.routes) {
                 JsonElement path = document.getAsJsonObject("paths").get(route.path());
                 assertNotNull(path, "expected " + route.path() + ", actual: " + document.getAsJsonObject("paths").keySet());
                 assertTrue(path.getAsJsonObject().has(route.method().toLowerCase()), route.method() + " in " + path);
@@ -358,7 +358,7 @@ class HttpTest {
     }
 
     @Nested class A_body {
-        @Test void of_16_KiB_is_taken() { Servers.one().post(sized(BODY_MOST)).expect(201); }
+        @Test void of_32_KiB_is_taken() { Servers.one().post(sized(BODY_MOST)).expect(201); }
 
         @Test void of_one_byte_more_is_too_large() { Servers.one().post(sized(BODY_MOST + 1)).problem(413); }
 

@@ -328,7 +328,7 @@ class MessagesTest {
             assertEquals("1+1=2 =\r\n&", stored(Servers.one(), "?limit=1").getFirst().text("body"));
         }
 
-        @Test void that_is_too_large_is_told_so() { Servers.one().form("author=a&body=" + "x".repeat(20_000)).problem(413); }
+        @Test void that_is_too_large_is_told_so() { Servers.one().form("author=a&body=" + "x".repeat(40_000)).problem(413); }
 
         @Test void with_a_key_is_stored_once() {
             String key = UUID.randomUUID().toString();

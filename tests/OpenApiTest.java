@@ -124,7 +124,7 @@ class OpenApiTest {
         described("post", "/api/messages", one.say("", "x".repeat(2_001)));
         described("post", "/api/messages", one.form("author=&body=x", "Accept", "text/html"));
         described("post", "/api/messages", one.post("{"));
-        described("post", "/api/messages", one.post("\"" + "x".repeat(17 * 1024) + "\""));
+        described("post", "/api/messages", one.post("\"" + "x".repeat(33 * 1024) + "\""));
         described("post", "/api/messages", one.send("POST", "/api/messages", "{}".getBytes(UTF_8),
                 "Content-Type", "text/plain"));
     }

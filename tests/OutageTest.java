@@ -130,7 +130,7 @@ class OutageTest {
 
         @Test void a_connection_that_is_cut_costs_no_number_twice() throws Exception {
             Set<Long> numbers = ConcurrentHashMap.newKeySet();
-            try (Wired wired = new Wired("cutter"); Jedis jedis = new Jedis("127.0.0.1", Servers.redisPort())) {
+            try (Wired wired = new Wired("cutter"); Jedis jedis = Servers.jedis()) {
                 long before = wired.instance.total();
                 AtomicInteger counted = new AtomicInteger();
                 CompletableFuture<Void> cutting = Wait.meanwhile(() -> {
@@ -364,7 +364,7 @@ class OutageTest {
                 threads().forEach((name, count) -> assertTrue(count <= before.getOrDefault(name, 0), name + " in " + threads() + ", before: " + before));
                 return true;
             });
-            try (Jedis jedis = new Jedis("127.0.0.1", Servers.redisPort())) {
+            try (Jedis jedis = Servers.jedis()) {
                 Wait.until("its connections to Redis are gone", () -> !jedis.clientList().contains("threefold-tidy"));
             }
             Wait.until("its connections to PostgreSQL are gone", () -> {
@@ -388,8 +388,8 @@ class OutageTest {
         private final CountDownLatch busy = new CountDownLatch(1), gate = new CountDownLatch(1);
 
         /** Doubles what it is asked; the first batch waits until the gate opens. */
-        private Service.Batcher<Integer, Integer> doubling(int capacity) {
-            return new Service.Batcher<>("doubling", capacity, sizes::add, batch -> {
+        private Batcher<Integer, Integer> doubling(int capacity) {
+            return new Batcher<>("doubling", capacity, sizes::add, (batch, mayWait) -> {
                 busy.countDown();
                 gate.await();
                 if (batch.contains(-1)) throw new IllegalStateException("unlucky");
@@ -453,7 +453,7 @@ class OutageTest {
 
         @Test void does_quick_ones_on_the_thread_that_asks_and_what_follows_a_slow_one_on_its_own() throws Exception {
             AtomicReference<Duration> takes = new AtomicReference<>(Duration.ZERO);
-            try (var batcher = new Service.Batcher<Integer, String>("doubling", 10, sizes::add, batch -> {
+            try (var batcher = new Batcher<Integer, String>("doubling", 10, sizes::add, (batch, mayWait) -> {
                 Thread.sleep(takes.get());
                 return batch.stream().map(n -> Thread.currentThread().getName()).toList();
             }); Home home = new Home()) {
@@ -504,7 +504,7 @@ class OutageTest {
         }
 
         @Test void sends_again_in_their_order_what_was_too_much_at_once() throws Exception {
-            try (var batcher = new Service.Batcher<Integer, Integer>("doubling", 100, sizes::add, batch -> {
+            try (var batcher = new Batcher<Integer, Integer>("doubling", 100, sizes::add, (batch, mayWait) -> {
                 gate.await();
                 return batch.stream().limit(4).map(n -> 2 * n).toList();
             })) {

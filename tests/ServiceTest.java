@@ -19,6 +19,7 @@ import org.junit.platform.launcher.TestIdentifier;
 import org.junit.platform.launcher.TestPlan;
 import org.junit.platform.launcher.core.LauncherDiscoveryRequestBuilder;
 import org.junit.platform.launcher.core.LauncherFactory;
+import redis.clients.jedis.Jedis;
 
 import java.io.BufferedReader;
 import java.io.ByteArrayOutputStream;
@@ -52,7 +53,6 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 import java.util.TreeMap;
-import java.util.concurrent.BlockingQueue;
 import java.util.concurrent.Callable;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ConcurrentHashMap;
@@ -176,14 +176,10 @@ final class Evidence {
     private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
 
     /** Takes the lines where the service's own writer would; that one is never started here, so they stay off the screen. */
-    @SuppressWarnings("unchecked")
-    static void collect() throws ReflectiveOperationException {
-        var field = Service.Log.class.getDeclaredField("lines");
-        field.setAccessible(true);
-        BlockingQueue<String> lines = (BlockingQueue<String>) field.get(null);
+    static void collect() {
         Thread.ofPlatform().name("test-evidence").daemon().start(() -> {
             try {
-                while (true) add(lines.take());
+                while (true) add(Log.take());
             } catch (InterruptedException e) { /* the end */ }
         });
         LogManager.getLogManager().reset();
@@ -222,7 +218,8 @@ final class Servers {
     static final Path FOLDER = folder();
     private static final AtomicInteger DATABASES = new AtomicInteger();
     private static Process guard;
-    private static Service.Embedded embedded;
+    private static Embedded embedded;
+    private static Config config;
     private static List<Instance> three;
     private static String database;
 
@@ -252,16 +249,22 @@ final class Servers {
         } catch (IOException e) { throw new UncheckedIOException(e); }
     }
 
-    private static synchronized Service.Config servers() {
+    private static synchronized Config servers() {
         try {
-            if (embedded == null) embedded = new Service.Embedded(Service.Config.from(Map.of("INSTANCE_ID", "test",
-                    "DATA_DIR", FOLDER.resolve("shared").toString()))).start();
-            return embedded.config();
-        } catch (Service.Config.Invalid e) { throw new IllegalStateException(e); }
+            if (embedded == null) {
+                embedded = new Embedded(Config.from(Map.of("INSTANCE_ID", "test",
+                        "DATA_DIR", FOLDER.resolve("shared").toString())));
+                config = embedded.start();
+            }
+            return config;
+        } catch (Config.Invalid e) { throw new IllegalStateException(e); }
     }
 
-    static int redisPort() { return servers().redisPort(); }
-    static int databasePort() { return servers().dbPort(); }
+    static int redisPort() { return servers().redis().hosts().getFirst().getPort(); }
+    static int databasePort() { return servers().postgres().hosts().getFirst().getPort(); }
+
+    /** Of both servers. */
+    static String password() { return servers().redis().pass().value(); }
 
     /** web1, web2 and web3 on one database, for all tests that leave them as they were. */
     static synchronized List<Instance> three() {
@@ -281,7 +284,15 @@ final class Servers {
     /** Where the servers are, as an instance is told it; without PORT and INSTANCE_ID. */
     static Map<String, String> environment(String database) {
         return Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + redisPort(), "DB_HOST", "127.0.0.1",
-                "DB_PORT", "" + databasePort(), "DB_NAME", database, "DB_USER", "postgres", "DRAIN_MILLIS", "0");
+                "DB_PORT", "" + databasePort(), "DB_NAME", database, "DB_USER", "postgres", "DB_PASS", password(),
+                "REDIS_PASS", password(), "DRAIN_MILLIS", "0");
+    }
+
+    /** A connection of the tests' own. */
+    static Jedis jedis() {
+        Jedis jedis = new Jedis("127.0.0.1", redisPort());
+        jedis.auth(password());
+        return jedis;
     }
 
     static String newDatabase() {
@@ -290,10 +301,14 @@ final class Servers {
         return name;
     }
 
+    static Connection connect(String database) throws SQLException {
+        return DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + databasePort() + "/" + database, "postgres",
+                password());
+    }
+
     /** The first column of the answer, if it is one; tells nothing of the service but what PostgreSQL says. */
     static List<String> sql(String database, String statement) {
-        try (Connection connection = DriverManager.getConnection(
-                "jdbc:postgresql://127.0.0.1:" + databasePort() + "/" + database, "postgres", null);
+        try (Connection connection = connect(database);
              var work = connection.createStatement()) {
             List<String> rows = new ArrayList<>();
             if (work.execute(statement))
@@ -521,8 +536,8 @@ final class Instance extends Caller implements AutoCloseable {
             all.put("INSTANCE_ID", name);
             all.put("PORT", "" + Servers.freePort());
             try {
-                return new Service(Service.Config.from(all)).start();
-            } catch (Service.Config.Invalid e) { // somebody else had that port first
+                return new Service(Config.from(all)).start();
+            } catch (Config.Invalid e) { // somebody else had that port first
                 if (tries == 3) throw new IllegalStateException(e);
             } catch (IOException e) { throw new UncheckedIOException(e); }
         }
@@ -669,6 +684,9 @@ final class Wire implements AutoCloseable {
         line();
         return all.toByteArray();
     }
+
+    /** The next line of a stream. */
+    String readLine() throws IOException { return line(); }
 
     private String line() throws IOException {
         ByteArrayOutputStream line = new ByteArrayOutputStream();

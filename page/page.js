@@ -1,0 +1,384 @@
+// Makes the page live: follows the events, shows more messages, sends the form. Without it the page works too.
+'use strict';
+
+const $ = id => document.getElementById(id);
+const sleep = millis => new Promise(done => setTimeout(done, millis));
+const digits = number => number.toLocaleString('en');
+
+/** Changes a text only if it differs: a screen reader is told what is new, once. */
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** A copy of the row in a template. What users wrote is put in as text, never as HTML. */
+const blank = name => $(name).content.firstElementChild.cloneNode(true);
+
+async function getJson(path, millis = 5000) {
+  const response = await fetch(path,
+    { headers: { Accept: 'application/json' }, cache: 'no-store', signal: AbortSignal.timeout(millis) });
+  if (!response.ok) throw new Error(path + ': ' + response.status);
+  return response.json();
+}
+
+// ---- instances: each has a colour of its own, worked out from its name alone, here and nowhere else
+
+/** One of 60 hues, the same at each visit: web1, web2, … take up to 20 of them, well apart. */
+function hue(name) {
+  const number = name.match(/[0-9]{0,4}$/)[0];
+  let sum = 0;
+  for (const letter of name.slice(0, name.length - number.length))
+    sum = Math.imul(31, sum) + letter.charCodeAt(0) | 0;
+  return ((sum + 21 * number) % 60 + 60) % 60 * 6;
+}
+
+/** The style sheet does the rest. Set by script, since the policy allows no style attribute. */
+function paint(element, name) {
+  element.classList.add('own');
+  element.style.setProperty('--hue', hue(name));
+}
+
+function drawShares(list, byInstance) {
+  const names = Object.keys(byInstance).sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
+  const total = names.reduce((sum, name) => sum + byInstance[name], 0);
+  for (const row of [...list.children]) if (!Object.hasOwn(byInstance, row.dataset.name)) row.remove();
+  names.forEach((name, i) => {
+    let row = list.children[i];
+    if (row?.dataset.name !== name) {
+      row = list.insertBefore(blank('share'), row ?? null);
+      row.dataset.name = row.querySelector('.name').textContent = name;
+      paint(row, name);
+    }
+    const percent = (100 * byInstance[name] / Math.max(1, total)).toFixed(1) + '%';
+    row.querySelector('rect').setAttribute('width', percent);
+    say(row.querySelector('.count'), digits(byInstance[name]));
+    say(row.querySelector('.percent'), percent);
+  });
+}
+
+function showVisits({ total, byInstance }) {
+  say($('total'), digits(total));
+  drawShares($('shares'), byInstance);
+}
+
+const readVisits = () => getJson('/api/visits').then(showVisits, () => {}); // the list of troubles tells of Redis
+
+// ---- messages: kept in the order of their ids, each once, however often and in whatever order they come
+
+const list = $('messages');
+const known = new Map([...list.children].map(item => [+item.dataset.id, item]));
+let mostShown = 300; // a page that is left open all day has to stay quick
+let olderExist = !$('older').hidden;
+
+const oldest = () => +(list.lastElementChild?.dataset.id ?? 0);
+const localTime = time =>
+  new Date(time).toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'medium' });
+
+/** The link goes on from the oldest; a text so long that it scrolls can be scrolled by keyboard. */
+function tidy() {
+  $('older').hidden = !olderExist;
+  $('older').href = '/?before=' + oldest();
+  for (const body of list.querySelectorAll('.body:not([tabindex])'))
+    if (body.scrollHeight > body.clientHeight) body.tabIndex = 0;
+}
+
+function messageItem(message) {
+  const item = blank('message');
+  item.dataset.id = message.id;
+  item.querySelector('.author').textContent = message.author;
+  item.querySelector('.body').textContent = message.body;
+  item.querySelector('.name').textContent = message.instance;
+  paint(item.querySelector('.name'), message.instance);
+  item.querySelector('time').dateTime = message.createdAt;
+  item.querySelector('time').textContent = localTime(message.createdAt);
+  return item;
+}
+
+/** @returns whether it was not here before */
+function insert(message) {
+  if (known.has(message.id)) return false;
+  let next = list.firstElementChild;
+  while (next && +next.dataset.id > message.id) next = next.nextElementSibling;
+  known.set(message.id, list.insertBefore(messageItem(message), next));
+  return true;
+}
+
+function removeOldest() {
+  known.delete(oldest());
+  list.lastElementChild.remove();
+  olderExist = true;
+}
+
+// Hundreds may come in a second: they are gathered, shown together, and told of now and then.
+let arrived = [], news = [], lastNews = 0, ownId = 0;
+
+function receive(message) {
+  if (isNewest && arrived.push(message) === 1) setTimeout(showArrived, 100);
+}
+
+function showArrived() {
+  // What is older than all that is shown comes with the link to older messages.
+  const added = arrived.filter(message => (!olderExist || message.id > oldest()) && insert(message));
+  arrived = [];
+  added.forEach(message => known.get(message.id).classList.add('new'));
+  while (known.size > mostShown) removeOldest();
+  tidy();
+  const others = added.filter(message => message.id !== ownId);
+  if (news.length === 0 && others.length > 0) setTimeout(tellNews, Math.max(0, lastNews + 5000 - Date.now()));
+  news.push(...others);
+}
+
+function tellNews() {
+  say($('news'), news.length === 1 ? 'New message from ' + news[0].author : news.length + ' new messages');
+  news = [];
+  lastNews = Date.now();
+}
+
+async function showOlder(event) {
+  event.preventDefault();
+  try {
+    const page = await getJson('/api/messages' + $('older').search);
+    page.messages.forEach(insert);
+    olderExist = page.next !== null;
+    mostShown += page.messages.length;
+    tidy();
+  } catch {
+    say($('news'), 'Older messages could not be read: try again');
+  }
+}
+
+// ---- the stream of events: it brings all that was stored after the cursor, each once
+
+let cursor = list.dataset.cursor; // undefined on a page of older messages; empty while PostgreSQL is away
+const isNewest = cursor !== undefined;
+let hasGap = false; // some messages will not come with the stream: the newest page has to be read
+let stream;
+
+/** Where messages were left out, only the newest page is known to be whole: what is older can be asked for again. */
+async function readNewest() {
+  const page = await getJson('/api/messages?limit=100');
+  hasGap = false;
+  while (known.size > 0 && oldest() < (page.messages.at(-1)?.id ?? 0)) removeOldest();
+  olderExist = page.next !== null;
+  page.messages.forEach(insert);
+  tidy();
+}
+
+const closeGap = () => hasGap && readNewest().catch(() => {}); // or later, see watch
+
+function showLink(state, words) {
+  $('link').dataset.state = state;
+  say($('link'), words);
+}
+
+/** All tabs together have six connections to a server: a tab that nobody looks at gives its own back. */
+function listen() {
+  stream?.close();
+  if (document.hidden) return;
+  stream = new EventSource('/api/events' + (cursor ? '?after=' + cursor : ''));
+  stream.addEventListener('message', event => {
+    receive(JSON.parse(event.data));
+    cursor = event.lastEventId;
+  });
+  stream.addEventListener('gap', event => {
+    cursor = event.lastEventId;
+    hasGap = isNewest;
+    closeGap();
+  });
+  stream.addEventListener('visit', event => showVisits(JSON.parse(event.data)));
+  stream.onopen = () => {
+    showLink('live', 'live');
+    readVisits();
+    hasGap ||= cursor === ''; // nobody knows what the stream goes on from
+    closeGap();
+  };
+  stream.onerror = () => {
+    showLink('broken', 'reconnecting…');
+    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 1000); // refused: the browser gave up
+  };
+}
+
+// ---- how everything is
+
+/** @returns the parts that are away */
+async function away() {
+  try {
+    const response = await fetch('/readyz', { cache: 'no-store', signal: AbortSignal.timeout(4000) });
+    const { dependencies } = await response.json();
+    return Object.keys(dependencies).filter(name => dependencies[name] === 'down');
+  } catch {
+    return ['service'];
+  }
+}
+
+/** Asks how everything is; more often while something is away, so that its return is soon seen. */
+async function watch() {
+  for (let isBroken = false; ; await sleep(isBroken ? 1000 : 5000)) {
+    if (document.hidden) continue;
+    const parts = await away();
+    for (const notice of $('trouble').children) {
+      const isAway = parts.includes(notice.dataset.part);
+      if (!notice.hidden && !isAway) readVisits(); // it is back
+      notice.hidden = !isAway;
+    }
+    if (stream.readyState === EventSource.OPEN) await closeGap();
+    isBroken = parts.length > 0 || hasGap || stream.readyState !== EventSource.OPEN;
+  }
+}
+
+// ---- who answers
+
+function showAnswer({ instance, visits }) {
+  paint($('answer'), instance);
+  $('instance').classList.toggle('long', instance.length > 9);
+  say($('instance'), instance);
+  say($('visit'), visits === null ? 'Not counted as a visit' : 'Visit ' + digits(visits));
+  document.title = instance + ' · Threefold';
+}
+
+async function askAgain(event) {
+  event.preventDefault();
+  try {
+    const answer = await getJson('/');
+    showAnswer(answer);
+    say($('news'), 'Answered by ' + answer.instance);
+  } catch {
+    say($('visit'), 'Nobody answered: ask again');
+  }
+}
+
+function clearCells() {
+  $('cells').replaceChildren(...Array.from({ length: 90 }, () => document.createElement('i')));
+}
+
+/** Letters in each cell as well, since colours alone tell nothing to some. */
+function drawCell(cell, instance) {
+  if (instance) paint(cell, instance);
+  else cell.className = 'failed';
+  cell.textContent = instance ? (instance.match(/[0-9]+$/)?.[0] ?? instance).slice(-2) : '×';
+}
+
+async function sendMany() {
+  if ($('send90').ariaDisabled === 'true') return;
+  $('send90').ariaDisabled = 'true';
+  clearCells();
+  say($('summary'), '');
+  const byInstance = {};
+  let begun = 0, answered = 0, failed = 0;
+  const sender = async () => {
+    while (begun++ < 90) {
+      const instance = await getJson('/', 15000).then(answer => answer.instance, () => null);
+      drawCell($('cells').children[answered++], instance);
+      if (instance) byInstance[instance] = (byInstance[instance] ?? 0) + 1;
+      else failed++;
+      drawShares($('answers'), byInstance);
+    }
+  };
+  await Promise.all([sender(), sender(), sender(), sender()]);
+  const parts = [...$('answers').children].map(({ dataset: { name } }) => name + ' ' + byInstance[name]);
+  const words = (failed ? failed + ' of 90 failed: ' : 'All 90 answered: ') + parts.join(', ');
+  $('cells').ariaLabel = words;
+  say($('summary'), words);
+  $('send90').ariaDisabled = 'false';
+}
+
+// ---- writing: one key for one text, however often it has to be sent
+
+const fields = [$('author'), $('body')];
+let attempt = {}, stopTrying = null;
+
+function showError(field, words) {
+  say($(field.id + '-error'), words);
+  if (words) field.setAttribute('aria-invalid', 'true');
+  else field.removeAttribute('aria-invalid');
+}
+
+/** Counts as the service does: code points, without outer white space. */
+function showLength(field) {
+  const length = [...field.value.trim()].length, most = +field.dataset.most;
+  say($(field.id + '-limit'), digits(length) + ' of ' + digits(most) + ' characters');
+  showError(field, length > most ? 'Too long by ' + digits(length - most) : '');
+}
+
+function setSending(sending) {
+  $('send').ariaDisabled = String(sending);
+  for (const field of fields) field.readOnly = sending;
+  $('stop').hidden = !sending;
+}
+
+/** @returns the answer, or null if the service was given up on */
+async function sendUntilAnswered() {
+  for (let tries = 1; ; tries++) {
+    const stopped = new Promise(stop => stopTrying = () => stop(true));
+    const response = await fetch('/api/messages', {
+      method: 'POST',
+      headers: { 'Content-Type': 'application/json', 'Idempotency-Key': attempt.key },
+      body: attempt.draft,
+      signal: AbortSignal.timeout(5000)
+    }).catch(() => null);
+    if (response && ![429, 502, 503, 504].includes(response.status)) return response;
+    say($('form-trouble'), 'No answer yet: trying again… (' + (tries + 1) + ')');
+    if (await Promise.race([stopped, sleep(Math.min(5000, 250 * 2 ** tries))])) return null;
+  }
+}
+
+async function post(event) {
+  event.preventDefault();
+  if ($('send').ariaDisabled === 'true') return;
+  const draft = JSON.stringify({ author: $('author').value, body: $('body').value });
+  if (attempt.draft !== draft)
+    attempt = { draft, key: crypto.getRandomValues(new Uint32Array(4)).join('-') };
+  say($('sent'), '');
+  say($('form-trouble'), '');
+  setSending(true);
+  const response = await sendUntilAnswered();
+  setSending(false);
+  if (response === null)
+    say($('form-trouble'), 'Not known to be stored. Send it again unchanged: it will not be stored twice.');
+  else if (response.ok) stored(await response.json());
+  else refused(await response.json().catch(() => ({ detail: 'error ' + response.status })));
+}
+
+function stored(message) {
+  attempt = {};
+  ownId = message.id;
+  say($('form-trouble'), '');
+  say($('sent'), 'Stored by ' + message.instance);
+  $('body').value = '';
+  showLength($('body'));
+  receive(message);
+}
+
+function refused(problem) {
+  const errors = problem.errors ?? {};
+  for (const field of fields) showError(field, errors[field.id] ?? '');
+  say($('form-trouble'), problem.errors ? '' : 'Not stored: ' + problem.detail);
+  $(errors.author ? 'author' : 'body').focus();
+}
+
+// ---- start
+
+paint($('answer'), $('instance').textContent);
+for (const row of $('shares').children) paint(row, row.dataset.name);
+for (const name of list.querySelectorAll('.name')) paint(name, name.textContent);
+for (const time of list.querySelectorAll('time')) time.textContent = localTime(time.dateTime);
+$('icon').href = $('icon').href.replace(/hsl\([0-9]+,[0-9]+/, 'hsl(' + hue($('instance').textContent) + ',65');
+if (location.pathname !== '/') history.replaceState(null, '', '/'); // a reload must not send the form again
+for (const field of fields) {
+  const error = $(field.id + '-error').textContent;
+  showLength(field);
+  if (error) showError(field, error);
+  field.addEventListener('input', () => showLength(field));
+}
+tidy();
+clearCells();
+$('try').hidden = false;
+$('write').noValidate = true; // errors beside the fields instead of the browser's bubbles
+$('write').addEventListener('submit', post);
+$('stop').addEventListener('click', () => stopTrying());
+$('send90').addEventListener('click', sendMany);
+$('again').addEventListener('click', askAgain);
+$('older').addEventListener('click', showOlder);
+document.addEventListener('visibilitychange', listen);
+showLink('connecting', 'connecting…');
+listen();
+watch();
