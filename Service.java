@@ -60,12 +60,9 @@ import java.nio.file.*;
 import java.nio.file.Files;
 import java.nio.file.attribute.PosixFilePermissions;
 import java.security.GeneralSecurityException;
-import java.security.KeyStore;
 import java.security.MessageDigest;
 import java.security.SecureRandom;
 import java.security.Security;
-import java.security.cert.Certificate;
-import java.security.cert.CertificateFactory;
 import java.sql.Array;
 import java.sql.Connection;
 import java.sql.*;
@@ -85,7 +82,6 @@ import java.util.logging.Logger;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 import java.util.stream.Stream;
-import javax.net.ssl.*;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
@@ -113,7 +109,7 @@ public final class Service implements AutoCloseable {
     private final Batcher<Void, Counts> counts;
     private final Batcher<Write, Saved> writes;
     private final Batcher<PageQuery, MessagePage> reads;
-    private final Batcher<Cursor, Stretch> catchUps;
+    private final Batcher<Cursor, Stretch> following;
     private final Held held = new Held();
     private final Events events;
     private final Http http;
@@ -172,8 +168,8 @@ public final class Service implements AutoCloseable {
             return saved;
         });
         reads = batcher("reads", messages::pages);
-        catchUps = batcher("catch_ups", messages::following);
-        events = new Events(messages, counters, catchUps, held, metrics);
+        following = batcher("events", messages::following);
+        events = new Events(counters, following, held, metrics);
         http = new Http(config, held, metrics);
         routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics).routes();
         watchGauges();
@@ -226,7 +222,7 @@ public final class Service implements AutoCloseable {
             // While the address still exists, being refused is quick; a packet to a vanished one is a second's wait.
             Http.pause(config.drainMillis() / 5);
         }
-        Stream.of(events, postgres, redis, visits, counts, writes, reads, catchUps, http, counters, messages)
+        Stream.of(events, postgres, redis, visits, counts, writes, reads, following, http, counters, messages)
                 .forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
@@ -278,7 +274,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     /** Where Redis is: one server, or, if {@code master} is a name, the Sentinels that know who bears it now. */
     record Redis(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
-                 String sslRootCert, int waitReplicas) {}
+                 int waitReplicas) {}
 
     /** Reads and checks the environment. */
     static Config from(Map<String, String> environment) throws Invalid {
@@ -306,7 +302,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         return new Redis(sentinels.isEmpty() ? server : sentinels,
                 sentinels.isEmpty() ? null : env.text("REDIS_MASTER", "threefold"), env.text("REDIS_USER", null),
                 env.secret("REDIS_PASS"), env.number("REDIS_DB", 0, 0, 1_000_000),
-                "true".equals(env.choice("REDIS_TLS", "false", "true", "false")), env.file("REDIS_SSLROOTCERT"),
+                "true".equals(env.choice("REDIS_TLS", "false", "true", "false")),
                 env.number("REDIS_WAIT_REPLICAS", 0, 0, 100));
     }
 
@@ -314,7 +310,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     Config withRedis(int port, Secret pass) {
         return new Config(instance, host, this.port, postgres, new Redis(List.of(new HostAndPort("127.0.0.1", port)),
-                null, null, pass, 0, false, null, 0), drainMillis, dataDir);
+                null, null, pass, 0, false, 0), drainMillis, dataDir);
     }
 
     Config withPostgres(int port, Secret pass) {
@@ -750,6 +746,8 @@ record Counts(Long total, Map<String, Long> byInstance) {
  * event. {@code tx} below 0: the place of the message {@code id}, whatever its transaction.
  */
 record Cursor(long tx, long id) implements Comparable<Cursor> {
+    /** No place yet: behind all that is stored when it is asked for. */
+    static final Cursor NOW = new Cursor(-1, -1);
     private static final Pattern TEXT = Pattern.compile("(?:([0-9]{1,18})-)?([0-9]{1,18})");
 
     /** The place that a viewer names: a cursor, or the plain id of a message. Null if it is neither. */
@@ -770,19 +768,28 @@ record Cursor(long tx, long id) implements Comparable<Cursor> {
 /**
  * Events that follow each other without a gap, as the bytes that every viewer gets: all of {@code (after, upTo]}.
  *
+ * @param asked   the place that was asked for; {@code after} is the same, or what it means
  * @param cursors of each event, in their order
  * @param ends    where each event ends in {@code bytes}
  * @param whole   false if more may follow at once: as many were read as are read at most
- * @param known   false if {@code after} is no place of this database, as after another one was restored
+ * @param known   false if {@code asked} is no place of this database, as after another one was restored
  */
-record Stretch(Cursor after, Cursor upTo, List<Cursor> cursors, int[] ends, byte[] bytes, boolean whole, boolean known) {
+record Stretch(Cursor asked, Cursor after, Cursor upTo, List<Cursor> cursors, int[] ends, byte[] bytes, boolean whole,
+               boolean known) {
+    static Stretch unknown(Cursor place) {
+        return new Stretch(place, place, place, List.of(), new int[0], new byte[0], true, false);
+    }
+
+    /** Whether who asked for this place is answered by it as well. */
+    boolean answers(Cursor place) {
+        return place.equals(asked) || place.tx() >= 0 && known && place.compareTo(after) >= 0 && place.compareTo(upTo) <= 0;
+    }
+
     /** The first event behind the place {@code told}; as many as there are events if there is none. */
     int firstAfter(Cursor told) {
         int found = Collections.binarySearch(cursors, told);
         return found >= 0 ? found + 1 : -found - 1;
     }
-
-    int beginOf(int event) { return event == 0 ? 0 : ends[event - 1]; }
 }
 
 // -------------------------------------------------------------------------------------------------------- Batcher
@@ -1164,7 +1171,7 @@ final class Messages implements AutoCloseable {
     /** What follows a place, below the oldest transaction that is still open: nothing can come in between any more. */
     private static final String FOLLOWING = """
             SELECT message.id, %s, author, body, instance, tx::text, pg_snapshot_xmin(pg_current_snapshot())::text,
-                   ?::text::xid8 < pg_snapshot_xmax(pg_current_snapshot())
+                   ?::text::xid8 <= pg_snapshot_xmax(pg_current_snapshot())
             FROM (VALUES (true)) AS always
             LEFT JOIN LATERAL (SELECT * FROM messages
                                WHERE (tx, id) > (?::text::xid8, ?) AND tx < pg_snapshot_xmin(pg_current_snapshot())
@@ -1173,7 +1180,7 @@ final class Messages implements AutoCloseable {
     private static final String PLACE = """
             SELECT tx::text, id, EXISTS (SELECT FROM messages WHERE id >= ?)
             FROM messages WHERE id <= ? ORDER BY id DESC LIMIT 1""";
-    private static final String NOW = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text";
+    private static final String NOW = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text, 0, true";
 
     /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int ROWS_MOST = 200;
@@ -1283,58 +1290,50 @@ final class Messages implements AutoCloseable {
         return new MessagePage(List.copyOf(more ? found.subList(0, query.limit()) : found), query, more, cursor);
     }
 
-    /** The place behind all that is certain to be told already: what is stored from now on follows it. */
-    Cursor now() throws InterruptedException {
-        return forEvents.run(true, connection -> {
-            try (PreparedStatement select = connection.prepareStatement(NOW); ResultSet row = select.executeQuery()) {
-                row.next();
-                return new Cursor(Long.parseLong(row.getString(1)), 0);
-            }
-        });
-    }
-
-    /** For a batcher: what follows each of these places; the first two at once, those who are at the same one together. */
+    /** For a batcher: what follows each of these places. Two reads at most; those a read covers are answered by it. */
     List<Stretch> following(List<Cursor> places, boolean mayWait) throws InterruptedException {
-        if (!mayWait) throw new Batcher.NotHere(); // the connection is shared with the one who reads for all
-        Map<Cursor, Stretch> found = new HashMap<>();
-        List<Stretch> stretches = new ArrayList<>();
+        List<Stretch> answers = new ArrayList<>();
+        Set<Stretch> read = new LinkedHashSet<>();
         for (Cursor place : places) {
-            if (!found.containsKey(place) && found.size() == ROWS_MOST / EVENTS_MOST) break;
-            if (!found.containsKey(place)) found.put(place, following(place));
-            stretches.add(found.get(place));
+            Optional<Stretch> covering = read.stream().filter(one -> one.answers(place)).findFirst();
+            if (covering.isEmpty() && read.size() == ROWS_MOST / EVENTS_MOST) break;
+            Stretch answer = covering.isPresent() ? covering.get()
+                    : forEvents.run(mayWait, connection -> following(connection, place));
+            read.add(answer);
+            answers.add(answer);
         }
-        return stretches;
+        return answers;
     }
 
     /** At most {@link #EVENTS_MOST} events that follow this place. */
-    Stretch following(Cursor place) throws InterruptedException {
-        return forEvents.run(true, connection -> {
-            Cursor after = place.tx() >= 0 ? place : placeOf(connection, place.id());
-            if (after == null) return new Stretch(place, place, List.of(), new int[0], new byte[0], true, false);
-            try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
-                select.setString(1, Long.toString(after.tx()));
-                select.setString(2, Long.toString(after.tx()));
-                select.setLong(3, after.id());
-                select.setInt(4, EVENTS_MOST);
-                try (ResultSet rows = select.executeQuery()) { return stretch(after, rows); }
-            }
-        });
+    private static Stretch following(Connection connection, Cursor place) throws SQLException {
+        Cursor after = place.tx() >= 0 ? place : placeOf(connection, place);
+        if (after == null) return Stretch.unknown(place);
+        try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
+            select.setString(1, Long.toString(after.tx()));
+            select.setString(2, Long.toString(after.tx()));
+            select.setLong(3, after.id());
+            select.setInt(4, EVENTS_MOST);
+            try (ResultSet rows = select.executeQuery()) { return stretch(place, after, rows); }
+        }
     }
 
-    /** Where this message stands, or the last one before it; null if its id was not given out yet. */
-    private static Cursor placeOf(Connection connection, long id) throws SQLException {
-        if (id == 0) return new Cursor(0, 0);
-        try (PreparedStatement select = connection.prepareStatement(PLACE)) {
-            select.setLong(1, id);
-            select.setLong(2, id);
+    /**
+     * Where this message stands, or the last one before it; null if its id was not given out yet. For {@link Cursor#NOW}
+     * the place behind all that is settled: what is stored from now on follows it.
+     */
+    private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
+        boolean now = named.equals(Cursor.NOW);
+        try (PreparedStatement select = connection.prepareStatement(now ? NOW : PLACE)) {
+            for (int i = 1; !now && i <= 2; i++) select.setLong(i, named.id());
             try (ResultSet row = select.executeQuery()) {
-                if (!row.next() || !row.getBoolean(3)) return null;
-                return new Cursor(Long.parseLong(row.getString(1)), row.getLong(2));
+                if (!row.next()) return named.id() == 0 ? new Cursor(0, 0) : null;
+                return row.getBoolean(3) ? new Cursor(Long.parseLong(row.getString(1)), row.getLong(2)) : null;
             }
         }
     }
 
-    private static Stretch stretch(Cursor after, ResultSet rows) throws SQLException {
+    private static Stretch stretch(Cursor asked, Cursor after, ResultSet rows) throws SQLException {
         List<Cursor> cursors = new ArrayList<>();
         List<Integer> ends = new ArrayList<>();
         ByteArrayOutputStream bytes = new ByteArrayOutputStream();
@@ -1351,7 +1350,7 @@ final class Messages implements AutoCloseable {
         }
         boolean whole = cursors.size() < EVENTS_MOST;
         Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
-        return new Stretch(after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(), bytes.toByteArray(),
+        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(), bytes.toByteArray(),
                 whole, known);
     }
 
@@ -1408,8 +1407,7 @@ final class Counters implements AutoCloseable {
                 .password(this.config.pass().value()).database(this.config.db()).clientName("threefold-" + instance)
                 .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
                 .blockingSocketTimeoutMillis(10_000); // a subscriber hears something every 3 s, see Events
-        if (this.config.tls()) builder.ssl(true).sslSocketFactory(Tls.socketFactory(this.config.sslRootCert()))
-                .sslParameters(Tls.checkingNames());
+        if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
         this.client = builder.build();
     }
 
@@ -1477,9 +1475,12 @@ final class Counters implements AutoCloseable {
 
     /** Blocks for as long as the subscription lasts; on a connection of its own, which is not used again. */
     void subscribe(JedisPubSub listener) {
-        try (redis.clients.jedis.Connection connection = connections().getConnection(); Jedis redis = new Jedis(connection)) {
-            connection.setBroken();
-            redis.subscribe(listener, CHANNEL);
+        redis.clients.jedis.Connection connection = connections().getConnection();
+        try {
+            new Jedis(connection).subscribe(listener, CHANNEL);
+        } finally {
+            connection.setBroken(); // events may still arrive on it
+            connection.close();
         }
     }
 
@@ -1507,45 +1508,15 @@ final class Counters implements AutoCloseable {
     }
 }
 
-/** TLS towards Redis; the driver of PostgreSQL brings its own. */
-final class Tls {
-    private Tls() {}
-
-    /** @param authorities a PEM file with whom to trust; null: whom Java trusts */
-    static SSLSocketFactory socketFactory(String authorities) {
-        if (authorities == null) return (SSLSocketFactory) SSLSocketFactory.getDefault();
-        try (InputStream file = Files.newInputStream(Path.of(authorities))) {
-            KeyStore trusted = KeyStore.getInstance(KeyStore.getDefaultType());
-            trusted.load(null);
-            for (Certificate one : CertificateFactory.getInstance("X.509").generateCertificates(file))
-                trusted.setCertificateEntry("ca" + trusted.size(), one);
-            TrustManagerFactory managers = TrustManagerFactory.getInstance(TrustManagerFactory.getDefaultAlgorithm());
-            managers.init(trusted);
-            SSLContext context = SSLContext.getInstance("TLS");
-            context.init(null, managers.getTrustManagers(), null);
-            return context.getSocketFactory();
-        } catch (IOException | GeneralSecurityException e) {
-            throw new IllegalArgumentException("no certificates can be read from " + authorities, e);
-        }
-    }
-
-    /** The certificate has to be for the name that was called: Jedis does not look at it by itself. */
-    static SSLParameters checkingNames() {
-        SSLParameters parameters = new SSLParameters();
-        parameters.setEndpointIdentificationAlgorithm("HTTPS");
-        return parameters;
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------- Live events
 
 /**
  * What happens on any instance, told to every viewer on this one: each message once, in the order of {@link Cursor}.
- * Whoever stores or counts only wakes the others, through Redis; what is told is read, once for all viewers here. Should
- * the word be lost, or Redis be away, the look that comes each second finds it.
+ * Whoever stores or counts only wakes the others, through Redis; what is told is read from PostgreSQL. Should the word
+ * be lost, or Redis be away, the look that comes each second finds it.
  *
- * <p>A viewer is a place in that order, not a queue. What was told lately is kept; who is further behind has it read
- * from PostgreSQL, as it takes it. So a slow reader costs no more memory than a piece of 8 KB or one event.
+ * <p>A viewer is a place in that order, not a queue: it asks for what follows, and those at the same place are answered
+ * by one read. Who reads slowly asks seldom, and costs no more memory than a piece of 8 KB or one event.
  */
 final class Events implements AutoCloseable {
     static final String TYPE = "text/event-stream; charset=UTF-8";
@@ -1554,24 +1525,21 @@ final class Events implements AutoCloseable {
     /** The words on the channel. The first version says the first one too, when it wants viewers brought up to date. */
     private static final String STORED = "missed", VISITED = "visited", ALIVE = "alive";
 
-    private final Messages messages;
     private final Counters counters;
-    private final Batcher<Cursor, Stretch> catchUps;
+    private final Batcher<Cursor, Stretch> following;
     private final Held held;
     private final Metrics metrics;
     private final Set<Viewer> viewers = ConcurrentHashMap.newKeySet();
     private final AtomicBoolean stored = new AtomicBoolean(), visited = new AtomicBoolean(); // others have to be told
     private final AtomicBoolean lookForMessages = new AtomicBoolean(), lookForCounts = new AtomicBoolean();
-    private volatile Recent recent;      // null while nobody views
-    private volatile byte[] countsFrame; // the newest counts, as an event
+    private volatile byte[] counts;      // the newest, as an event; null while nobody views
     private volatile boolean closed;
     private volatile JedisPubSub subscription;
     private Thread teller, listener;
 
-    Events(Messages messages, Counters counters, Batcher<Cursor, Stretch> catchUps, Held held, Metrics metrics) {
-        this.messages = messages;
+    Events(Counters counters, Batcher<Cursor, Stretch> following, Held held, Metrics metrics) {
         this.counters = counters;
-        this.catchUps = catchUps;
+        this.following = following;
         this.held = held;
         this.metrics = metrics;
     }
@@ -1594,12 +1562,7 @@ final class Events implements AutoCloseable {
         if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
         exchange.setPersistent(false); // a stream ends with its connection
         exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE).put(Headers.CACHE_CONTROL, "no-store");
-        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
-            Viewer viewer = new Viewer(exchange, last);
-            viewers.add(viewer);
-            lookForMessages.set(true); // if it is the first one, nobody has looked for long
-            viewer.pump();
-        });
+        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> viewers.add(new Viewer(exchange, last)));
     }
 
     /** One event as bytes. The data has no line ends: it is JSON of one line. */
@@ -1608,26 +1571,19 @@ final class Events implements AutoCloseable {
     }
 
     private void tellLoop() {
-        for (long tick = 1; !closed; tick++) {
-            if (!Http.pause(TICK_MILLIS)) return;
-            boolean second = tick % TICKS_A_SECOND == 0;
-            if (second) { // a look, whoever said what; heartbeats; readers who are stuck
-                lookForMessages.set(true);
-                viewers.forEach(Viewer::wake);
-            }
+        for (long tick = 1; !closed && Http.pause(TICK_MILLIS); tick++) {
+            boolean second = tick % TICKS_A_SECOND == 0; // a look, whoever said what; and those who are stuck
             if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE)); // a dead subscription is noticed
             attempt(() -> wakeOthers(stored, lookForMessages, STORED));
-            attempt(this::readMessages);
+            if (lookForMessages.getAndSet(false) || second) viewers.forEach(Viewer::wake);
             if (tick % 6 != 0) continue; // visits: at most four events a second
             attempt(() -> wakeOthers(visited, lookForCounts, VISITED));
             attempt(this::readCounts);
         }
     }
 
-    private interface Step { void run() throws Exception; }
-
     /** Nothing ends the thread. What is away now is there at a later tick. */
-    private void attempt(Step step) {
+    private void attempt(Http.Action step) {
         try {
             step.run();
         } catch (Problem away) { // whoever watches it has logged it
@@ -1648,57 +1604,29 @@ final class Events implements AutoCloseable {
         }
     }
 
-    private void readMessages() throws InterruptedException {
-        if (viewers.isEmpty()) recent = null;
-        if (viewers.isEmpty() || !lookForMessages.getAndSet(false)) return;
-        try {
-            Recent before = recent;
-            if (before == null) recent = Recent.from(messages.now());
-            else {
-                Stretch next = messages.following(before.upTo());
-                recent = before.and(next);
-                if (!next.whole()) lookForMessages.set(true);
-            }
-            viewers.forEach(Viewer::wake);
-        } catch (Problem away) {
-            lookForMessages.set(true);
-            throw away;
-        }
-    }
-
     private void readCounts() throws InterruptedException {
-        if (viewers.isEmpty()) countsFrame = null;
-        else if (lookForCounts.getAndSet(false) || countsFrame == null) {
-            countsFrame = frame("visit", null, counters.read(true).json());
+        if (viewers.isEmpty()) counts = null;
+        else if (lookForCounts.getAndSet(false) || counts == null) {
+            counts = frame("visit", null, counters.read(true).json());
             viewers.forEach(Viewer::wake);
         }
-    }
-
-    private JedisPubSub newSubscription() {
-        return new JedisPubSub() {
-            @Override public void onSubscribe(String channel, int count) { lookAtAll(); } // what was said meanwhile is lost
-            @Override public void onMessage(String channel, String word) {
-                if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
-                else if (!word.equals(ALIVE)) lookForMessages.set(true); // the first version tells the messages themselves
-            }
-        };
     }
 
     private void listenLoop() {
         while (!closed) {
-            try {
-                counters.subscribe(subscription = newSubscription());
-            } catch (JedisException e) { // the watcher of Redis tells why
-            } catch (Throwable e) { // nothing ends this thread
-                Log.warn("unexpected", "thread", "events-wake", "reason", Log.reason(e));
-            }
+            attempt(() -> counters.subscribe(subscription = new JedisPubSub() {
+                @Override public void onSubscribe(String channel, int count) { // what was said meanwhile is lost
+                    lookForMessages.set(true);
+                    lookForCounts.set(true);
+                }
+
+                @Override public void onMessage(String channel, String word) { // version 1 tells the visits themselves
+                    if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
+                    else if (!word.equals(ALIVE)) lookForMessages.set(true);
+                }
+            }));
             if (!Http.pause(250)) return;
         }
-    }
-
-    private void lookAtAll() {
-        lookForMessages.set(true);
-        lookForCounts.set(true);
     }
 
     /** Ends the streams; browsers come back to another instance and say what they saw last. */
@@ -1718,195 +1646,142 @@ final class Events implements AutoCloseable {
         listener.interrupt();
     }
 
-    /** What was told lately, up to a megabyte: most viewers need no more. Never changed: a new one takes its place. */
-    private record Recent(List<Stretch> stretches, Cursor after, Cursor upTo) {
-        private static final int BYTES_MOST = 1 << 20, STRETCHES_MOST = 256;
-
-        static Recent from(Cursor place) { return new Recent(List.of(), place, place); }
-
-        Recent and(Stretch next) {
-            if (next.cursors().isEmpty()) return new Recent(stretches, after, next.upTo());
-            List<Stretch> all = new ArrayList<>(stretches);
-            all.add(next);
-            int bytes = all.stream().mapToInt(stretch -> stretch.bytes().length).sum();
-            while (all.size() > 1 && (bytes > BYTES_MOST || all.size() > STRETCHES_MOST))
-                bytes -= all.removeFirst().bytes().length;
-            return new Recent(List.copyOf(all), all.size() == stretches.size() + 1 ? after : all.getFirst().after(),
-                    next.upTo());
-        }
-
-        /** The stretch with the first event behind this place; null if there is none. */
-        Stretch following(Cursor place) {
-            int i = stretches.size();
-            while (i > 0 && stretches.get(i - 1).cursors().getLast().compareTo(place) > 0) i--;
-            return i < stretches.size() ? stretches.get(i) : null;
-        }
-
-        boolean covers(Cursor place) { return place.compareTo(after) >= 0 && place.compareTo(upTo) <= 0; }
-    }
-
-    /**
-     * One open stream. All of it happens on the I/O thread of its connection; other threads only {@link #wake} it.
-     */
+    /** One open stream. All of it happens on the I/O thread of its connection; other threads only {@link #wake} it. */
     private final class Viewer {
         /** What is sent at once, in whole events: as much as a reader who stops may leave in our memory. */
         private static final int PIECE = 8 * 1024;
         private static final long HEARTBEAT_NANOS = 15_000_000_000L, STUCK_NANOS = 30_000_000_000L;
-        /** Messages that a viewer who was away is brought; it is told that it misses those before. */
+        /** Messages that a viewer who was away is brought; beyond them it is told that it misses some. */
         private static final int CATCH_UP_MOST = 50_000;
+        private static final byte[] HEARTBEAT = ":\n\n".getBytes(UTF_8), RETRY = "retry: 1000\n\n".getBytes(UTF_8);
 
         private final HttpServerExchange exchange;
         private final StreamSinkChannel sink;
-        private Cursor told;                 // null until it is known where "now" is
-        private boolean gap;                 // what it was told last is no place of this database, or too far behind
-        private boolean asking;              // for what it missed
-        private Recent asked;                // when nothing more was found: no need to ask before there is news
-        private int caughtUp;                // messages brought since it joined, or since it was up to date
+        private final Cursor named;      // the place it came with, null if none
+        private Cursor told;             // up to where it has been told; null: ask where "now" is
+        private boolean gap;             // what lies between its place and "now" is not told
+        private boolean wanted = true, asking; // what follows its place
+        private boolean begun, gone;
+        private int caughtUp;            // messages since it was up to date
         private byte[] toldCounts;
-        private boolean begun;
-        private Cursor start;                // where "now" was when it began
         private ByteBuffer unsent = ByteBuffer.allocate(0);
-        private long lastSent = System.nanoTime();
         private int heldBytes;
-        private boolean gone;
+        private long lastSent = System.nanoTime();
 
         Viewer(HttpServerExchange exchange, String last) {
             this.exchange = exchange;
-            this.told = last.isEmpty() ? null : Cursor.parse(last);
+            this.named = told = last.isEmpty() ? null : Cursor.parse(last);
             this.gap = told == null && !last.isEmpty();
             this.sink = exchange.getResponseChannel();
             sink.getWriteSetter().set(channel -> pump());
             exchange.getConnection().addCloseListener(connection -> leave());
+            pump();
         }
 
-        void wake() { exchange.getIoThread().execute(this::pump); }
+        void wake() {
+            exchange.getIoThread().execute(() -> {
+                wanted = true;
+                pump();
+            });
+        }
 
         private void pump() {
-            if (gone) return;
             try {
-                do {
-                    if (!flushed()) return;
-                } while (next());
-                if (closed) end();
-            } catch (IOException | RuntimeException e) { // it went away; or a defect, which must not stop the others
-                if (!(e instanceof IOException)) Log.warn("unexpected", "thread", "viewer", "reason", Log.reason(e));
-                leave();
+                while (!gone && flushed() && hasMore()) { /* it is in `unsent` */ }
+            } catch (IOException e) { leave(); } // it went away
+        }
+
+        private boolean hasMore() throws IOException {
+            sink.suspendWrites();
+            byte[] newest = counts;
+            if (closed) end();
+            else if (begun && gap && told != null) {
+                gap = false;
+                return put("gap", frame("gap", told, Json.object("after", named)));
+            } else if (begun && newest != null && newest != toldCounts) return put("visit", toldCounts = newest);
+            else ask();
+            return begun && !gone && System.nanoTime() - lastSent > HEARTBEAT_NANOS && put(null, HEARTBEAT);
+        }
+
+        private boolean put(String event, byte[] bytes) {
+            if (event != null) metrics.told(event, 1);
+            unsent = ByteBuffer.wrap(bytes);
+            return true;
+        }
+
+        private void ask() {
+            if (!wanted || asking) return;
+            wanted = false;
+            asking = following.offer(told == null ? Cursor.NOW : told, exchange.getIoThread(), (stretch, failure) -> {
+                asking = false;
+                wanted |= failure != null; // PostgreSQL is away, or has too much to do: it asks again when it is woken
+                if (!begun) gap |= told == null && failure != null;
+                if (!begun) begun = put(null, RETRY); // who sees it begin is told all from then on
+                try {
+                    if (!gone && failure == null) answered(stretch);
+                } catch (IOException e) { leave(); }
+                pump();
+            });
+            wanted |= !asking;
+        }
+
+        private void answered(Stretch stretch) throws IOException {
+            caughtUp = stretch.whole() ? 0 : caughtUp + stretch.cursors().size();
+            if (!stretch.known() || caughtUp > CATCH_UP_MOST) { // then from now on
+                gap = wanted = true;
+                told = null;
+                caughtUp = 0;
+            } else if (told == null) told = stretch.upTo();
+            else tell(stretch);
+        }
+
+        /** In pieces. What a reader who stops does not take is let go, and read again when it goes on. */
+        private void tell(Stretch stretch) throws IOException {
+            if (told.tx() < 0) told = stretch.after();
+            List<Cursor> cursors = stretch.cursors();
+            int[] ends = stretch.ends();
+            for (int first = stretch.firstAfter(told), last; first < ends.length; first = last + 1) {
+                int begin = first == 0 ? 0 : ends[first - 1];
+                for (last = first; last + 1 < ends.length && ends[last + 1] - begin <= PIECE; ) last++;
+                if (!flushed()) {
+                    wanted = true;
+                    return;
+                }
+                told = cursors.get(last);
+                metrics.told("message", last - first + 1);
+                unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
             }
+            if (stretch.upTo().compareTo(told) > 0) told = stretch.upTo();
+            wanted |= !stretch.whole();
         }
 
         /** Whether all that was begun is sent. */
         private boolean flushed() throws IOException {
             while (unsent.hasRemaining()) {
-                if (sink.write(unsent) > 0) lastSent = System.nanoTime();
-                else return waitForReader();
+                if (sink.write(unsent) == 0) return waitForReader();
+                lastSent = System.nanoTime();
             }
             if (!sink.flush()) return waitForReader();
-            release();
+            hold(0);
             return true;
         }
 
-        /** Keeps of what waits no more than that: what was read for it is let go, and read again when it goes on. */
+        /** Keeps of what waits no more than that. A reader who is stuck comes again and says where it was. */
         private boolean waitForReader() {
             if (heldBytes == 0) {
-                heldBytes = unsent.remaining();
-                held.add(heldBytes);
-                byte[] left = new byte[heldBytes];
+                byte[] left = new byte[unsent.remaining()];
                 unsent.get(left);
                 unsent = ByteBuffer.wrap(left);
             }
-            boolean stuck = System.nanoTime() - lastSent > STUCK_NANOS || !held.hasRoomFor(0);
-            if (stuck || closed) leave(); // it comes again and says where it was
+            hold(unsent.remaining());
+            if (System.nanoTime() - lastSent > STUCK_NANOS || !held.hasRoomFor(0) || closed) leave();
             else sink.resumeWrites();
             return false;
         }
 
-        private void release() {
-            held.add(-heldBytes);
-            heldBytes = 0;
-        }
-
-        /** Whether there is more to send now: it is in {@code unsent}. */
-        private boolean next() {
-            sink.suspendWrites();
-            Recent recent = Events.this.recent;
-            if (closed || !begun && !mayBegin(recent)) return false;
-            if (!begun) return begin(recent);
-            if (recent == null) return false;
-            if (gap) return tellGap(recent);
-            byte[] counts = countsFrame;
-            if (counts != null && counts != toldCounts) {
-                toldCounts = counts;
-                return send("visit", counts, 0, counts.length);
-            }
-            if (recent.covers(told)) {
-                caughtUp = 0;
-                Stretch stretch = recent.following(told);
-                if (stretch != null) return tell(stretch);
-            } else if (recent != asked) catchUp();
-            return System.nanoTime() - lastSent > HEARTBEAT_NANOS && send(null, HEARTBEAT, 0, HEARTBEAT.length);
-        }
-
-        /** Who sees the stream begin is told all that is stored from then on: so "now" has to be known before. */
-        private boolean mayBegin(Recent recent) {
-            return recent != null || System.nanoTime() - lastSent > 1_000_000_000L; // or PostgreSQL is away
-        }
-
-        private boolean begin(Recent recent) {
-            begun = true;
-            start = recent == null ? null : recent.upTo();
-            if (told == null && !gap) told = start;
-            if (told == null) gap = true;
-            return send(null, RETRY, 0, RETRY.length);
-        }
-
-        private boolean tell(Stretch stretch) {
-            int first = stretch.firstAfter(told), begin = stretch.beginOf(first), last = first;
-            while (last + 1 < stretch.ends().length && stretch.ends()[last + 1] - begin <= PIECE) last++;
-            told = stretch.cursors().get(last);
-            metrics.told("message", last - first + 1);
-            return send(null, stretch.bytes(), begin, stretch.ends()[last] - begin);
-        }
-
-        private boolean tellGap(Recent recent) {
-            Cursor from = start == null ? recent.upTo() : start;
-            byte[] frame = frame("gap", from, Json.object("after", told));
-            gap = false;
-            told = from;
-            return send("gap", frame, 0, frame.length);
-        }
-
-        private boolean send(String event, byte[] bytes, int offset, int length) {
-            if (event != null) metrics.told(event, 1);
-            unsent = ByteBuffer.wrap(bytes, offset, length);
-            return true;
-        }
-
-        /** Asks for what follows its place; looks again when it is there, or, if it can't be had now, next second. */
-        private void catchUp() {
-            if (asking) return;
-            asking = catchUps.offer(told, exchange.getIoThread(), (stretch, failure) -> {
-                asking = false;
-                if (failure == null && !gone) caughtUp(stretch);
-            });
-        }
-
-        private void caughtUp(Stretch stretch) {
-            try {
-                caughtUp += stretch.cursors().size();
-                if (stretch.whole()) asked = recent;
-                gap = !stretch.known() || caughtUp > CATCH_UP_MOST;
-                if (caughtUp > CATCH_UP_MOST) start = null;
-                if (!gap && told.tx() < 0) told = stretch.after();
-                if (gap || stretch.cursors().isEmpty()) {
-                    if (!gap) told = stretch.upTo();
-                    pump();
-                    return;
-                }
-                while (!gone && flushed() && told.compareTo(stretch.cursors().getLast()) < 0) tell(stretch);
-                if (!gone && stretch.upTo().compareTo(told) > 0
-                        && told.equals(stretch.cursors().getLast())) told = stretch.upTo();
-                pump();
-            } catch (IOException e) { leave(); }
+        private void hold(int bytes) {
+            held.add(bytes - heldBytes);
+            heldBytes = bytes;
         }
 
         private void end() throws IOException {
@@ -1921,14 +1796,12 @@ final class Events implements AutoCloseable {
         private void leave() {
             if (gone) return;
             gone = true;
-            release();
+            hold(0);
             viewers.remove(this);
             IoUtils.safeClose(sink, exchange.getConnection());
             exchange.endExchange();
         }
     }
-
-    private static final byte[] HEARTBEAT = ":\n\n".getBytes(UTF_8), RETRY = "retry: 1000\n\n".getBytes(UTF_8);
 }
 
 // --------------------------------------------------------------------------------------------------- HTTP plumbing
