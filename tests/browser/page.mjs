@@ -508,6 +508,7 @@ hostTest('the instance that serves the stream is killed: the page comes back and
 hostTest('PostgreSQL away is said in words; what was typed waits and is stored once it is back', async () => {
   current.mayFail = true;
   const [page, plain] = [await visit(), await visit(WITHOUT_SCRIPT)];
+  let fresh;
   try {
     await host('kill postgres');
     await says(page, '#trouble', 'PostgreSQL is away: messages can be neither read nor stored');
@@ -520,13 +521,17 @@ hostTest('PostgreSQL away is said in words; what was typed waits and is stored o
     await says(plain, '#form-trouble', 'Not stored: PostgreSQL is away');
     await says(plain, '#trouble', 'PostgreSQL is away');
     assert.equal(await plain.inputValue('#body'), `kept for PostgreSQL ${RUN}`);
+    fresh = await visit();
+    assert.deepEqual(await shown(fresh), [], 'messages in a page made without PostgreSQL');
   } finally {
     await host('start postgres');
   }
   await says(page, '#sent', 'Stored by');
   await saysNothing(page, '#trouble');
-  await isShownOnce(page, `waited for PostgreSQL ${RUN}`);
-  await hasNoGap(page);
+  for (const one of [page, fresh]) {
+    await isShownOnce(one, `waited for PostgreSQL ${RUN}`);
+    await hasNoGap(one);
+  }
 });
 
 hostTest('Redis away is said in words; messages go on, and viewers catch up when it is back', async () => {
