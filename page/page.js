@@ -22,7 +22,7 @@ async function getJson(path, millis = 5000) {
 
 // ---- instances: each has a colour of its own, worked out from its name alone, here and nowhere else
 
-/** One of 60 hues, the same at each visit: web1, web2, … take up to 20 of them, well apart. */
+/** One of 60 hues, the same at each visit: web1, web2 and so on take up to 20, well apart. */
 function hue(name) {
   const number = name.match(/[0-9]{0,4}$/)[0];
   let sum = 0;
@@ -192,7 +192,7 @@ function listen() {
     closeGap();
   };
   stream.onerror = () => {
-    showLink('broken', 'reconnecting…');
+    showLink('broken', 'reconnecting\u2026');
     if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 1000); // refused: the browser gave up
   };
 }
@@ -232,7 +232,7 @@ function showAnswer({ instance, visits }) {
   $('instance').classList.toggle('long', instance.length > 9);
   say($('instance'), instance);
   say($('visit'), visits === null ? 'Not counted as a visit' : 'Visit ' + digits(visits));
-  document.title = instance + ' · Threefold';
+  document.title = instance + ' \u00b7 Threefold';
 }
 
 async function askAgain(event) {
@@ -254,7 +254,7 @@ function clearCells() {
 function drawCell(cell, instance) {
   if (instance) paint(cell, instance);
   else cell.className = 'failed';
-  cell.textContent = instance ? (instance.match(/[0-9]+$/)?.[0] ?? instance).slice(-2) : '×';
+  cell.textContent = instance ? (instance.match(/[0-9]+$/)?.[0] ?? instance).slice(-2) : '\u00d7';
 }
 
 async function sendMany() {
@@ -316,7 +316,7 @@ async function sendUntilAnswered() {
       signal: AbortSignal.timeout(5000)
     }).catch(() => null);
     if (response && ![429, 502, 503, 504].includes(response.status)) return response;
-    say($('form-trouble'), 'No answer yet: trying again… (' + (tries + 1) + ')');
+    say($('form-trouble'), 'No answer yet: trying again\u2026 (' + (tries + 1) + ')');
     if (await Promise.race([stopped, sleep(Math.min(5000, 250 * 2 ** tries))])) return null;
   }
 }
@@ -379,6 +379,6 @@ $('send90').addEventListener('click', sendMany);
 $('again').addEventListener('click', askAgain);
 $('older').addEventListener('click', showOlder);
 document.addEventListener('visibilitychange', listen);
-showLink('connecting', 'connecting…');
+showLink('connecting', 'connecting\u2026');
 listen();
 watch();

@@ -6,6 +6,7 @@
 // Cases that need something killed or started write "@host kill web2" and wait for a line "ok": ./run answers.
 // What the cases store stays: it is signed "browser test".
 
+/* global axe, stream, showAnswer, showVisits, clearCells, drawCell -- of the page, for page.evaluate */
 import assert from 'node:assert/strict';
 import { mkdirSync, readFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -69,18 +70,25 @@ async function until(what, condition, millis = 20_000) {
     } catch (error) {
       last = error;
     }
-    if (Date.now() > end) throw new Error(`expected within ${millis / 1000} s: ${what}` + (last ? ` (${last.message})` : ''));
+    if (Date.now() > end) {
+      throw new Error(`expected within ${millis / 1000} s: ${what}` + (last ? ` (${last.message})` : ''));
+    }
   }
 }
 
 async function says(page, selector, words) {
   let seen;
-  await until(`${selector} says "${words}"`, async () => (seen = await page.textContent(selector)).includes(words))
+  await until(`${selector} says "${words}"`, async () => (seen = await page.innerText(selector)).includes(words))
     .catch(error => { throw new Error(`${error.message}, saw "${seen}"`); });
 }
 
+async function saysNothing(page, selector) {
+  await until(`${selector} says nothing`, async () => (await page.innerText(selector)).trim() === '');
+}
+
 async function getJson(path, options) {
-  const response = await fetch(BASE + path, { ...options, headers: { Accept: 'application/json', ...options?.headers } });
+  const headers = { Accept: 'application/json', ...options?.headers };
+  const response = await fetch(BASE + path, { ...options, headers });
   assert.ok(response.ok, `${path}: ${response.status} ${await response.clone().text()}`);
   return response.json();
 }
@@ -138,16 +146,21 @@ const answers = WITH_HOST ? createInterface({ input: process.stdin })[Symbol.asy
 
 // ---- what is shown
 
-test('says who answered, in that instance\'s own colour, from Java and from the script alike', async () => {
+test('says who answered, in the colour of its name, alike wherever the name is; without a script in none', async () => {
   const page = await visit();
   const instance = page.answer.headers()['x-instance-id'];
   assert.equal(await page.textContent('#instance'), instance);
+  const hue = (page, selector) => page.locator(selector).first().evaluate(one => one.style.getPropertyValue('--hue'));
+  assert.match(await hue(page, '#answer'), /^[0-9]+$/);
+  assert.equal(await hue(page, `#shares > [data-name="${instance}"]`), await hue(page, '#answer'));
   const stored = await store(`colour ${RUN}`);
   await isShownOnce(page, `colour ${RUN}`);
-  const byScript = await message(page, `colour ${RUN}`).locator('.name').getAttribute('class');
+  const name = `#messages > [data-id="${stored.id}"] .name`;
+  assert.equal(await hue(page, name), await hue(await visit(), name), 'as it came by the stream, and in a new page');
   const plain = await visit(WITHOUT_SCRIPT);
-  const byJava = await message(plain, `colour ${RUN}`).locator('.name').getAttribute('class');
-  assert.equal(byScript, byJava, `class of ${stored.instance}`);
+  const [unpainted, accent] = await plain.locator(name).evaluate(one =>
+    [getComputedStyle(one).color, getComputedStyle(document.querySelector('#send')).backgroundColor]);
+  assert.equal(unpainted, accent, 'colour of a name without a script');
 });
 
 test('asks again without a reload, and counts the visit', async () => {
@@ -183,8 +196,8 @@ test('90 requests are drawn as they are answered, by at least three instances', 
   const page = await visit();
   await page.click('#send90');
   await says(page, '#summary', 'All 90 answered');
-  const cells = await page.$$eval('#cells > i', all => all.map(one => one.className));
-  assert.equal(cells.filter(one => /^own hue[0-9]+$/.test(one)).length, 90, 'coloured cells');
+  const cells = await page.$$eval('#cells > .own', all => all.map(one => one.style.getPropertyValue('--hue')));
+  assert.equal(cells.filter(one => /^[0-9]+$/.test(one)).length, 90, 'coloured cells');
   assert.ok(new Set(cells).size >= 3, `colours: ${[...new Set(cells)]}`);
   const counts = await page.$$eval('#answers .count', all => all.map(one => +one.textContent));
   assert.equal(counts.reduce((sum, one) => sum + one, 0), 90, `counts: ${counts}`);
@@ -308,7 +321,8 @@ test('works without JavaScript: reads, writes, says who answered, draws the bars
   await isShownOnce(page, `no script ${RUN}`);
   assert.equal(new URL(page.url()).pathname, '/');
   // Some, not all: an instance that was there for a moment has a share too small to see.
-  assert.ok(await page.locator('#shares rect').evaluateAll(bars => bars.some(bar => bar.getBoundingClientRect().width > 20)));
+  const widths = await page.$$eval('#shares rect', bars => bars.map(bar => bar.getBoundingClientRect().width));
+  assert.ok(widths.some(width => width > 20), `bars: ${widths}`);
   assert.equal(await page.locator('#try').isVisible(), false, 'no button that does nothing');
   await page.screenshot({ path: `${OUT}/no-javascript.png`, fullPage: true });
 });
@@ -323,7 +337,8 @@ test('works with the keyboard alone, and shows where it is', async () => {
   await page.keyboard.press('Tab');
   await page.keyboard.type(`by keyboard ${RUN}`);
   await page.keyboard.press('Tab');
-  assert.equal(await page.evaluate(() => getComputedStyle(document.activeElement).outlineStyle), 'solid', 'focus is seen');
+  const outline = await page.evaluate(() => getComputedStyle(document.activeElement).outlineStyle);
+  assert.equal(outline, 'solid', 'focus is seen');
   await page.keyboard.press('Enter');
   await isShownOnce(page, `by keyboard ${RUN}`);
   await page.keyboard.press('Shift+Tab');
@@ -378,7 +393,8 @@ test('twenty instances have twenty colours, readable in light and dark', async (
     assert.equal(new Set(colours).size, 20, `different colours of ${colours}`);
     await judge(page, 'twenty');
     await isWhole(page);
-    await page.screenshot({ path: `${OUT}/twenty${options.viewport ? '-phone' : ''}${options.colorScheme ? '-dark' : ''}.png` });
+    const name = 'twenty' + (options.viewport ? '-phone' : '') + (options.colorScheme ? '-dark' : '');
+    await page.screenshot({ path: `${OUT}/${name}.png` });
   }
 });
 
@@ -386,8 +402,8 @@ async function judge(page, name) {
   await page.evaluate(AXE);
   const { violations } = await page.evaluate(() => axe.run(document, { resultTypes: ['violations'] }));
   const grave = violations.filter(one => ['serious', 'critical'].includes(one.impact));
-  assert.deepEqual(grave.map(one => `${one.id}: ${one.nodes.map(node => node.html + ' ' + node.failureSummary).slice(0, 3).join('; ')}`),
-    [], `axe on ${name}`);
+  const where = one => one.nodes.slice(0, 3).map(node => node.html + ' ' + node.failureSummary).join('; ');
+  assert.deepEqual(grave.map(one => `${one.id}: ${where(one)}`), [], `axe on ${name}`);
 }
 
 // ---- when something fails
@@ -437,6 +453,39 @@ test('trying can be stopped and taken up again, under the same key', async () =>
   assert.equal(new Set(keys).size, 1, `one key: ${keys}`);
 });
 
+test('a tab that nobody looks at gives its connection back; the stream alone brings what it missed', async () => {
+  const page = await visit();
+  const lookAway = hidden => page.evaluate(value => {
+    Object.defineProperty(document, 'hidden', { value, configurable: true });
+    document.dispatchEvent(new Event('visibilitychange'));
+  }, hidden);
+  await lookAway(true);
+  assert.equal(await page.evaluate(() => stream.readyState), 2, 'the stream is closed');
+  for (let i = 0; i < 5; i++) await store(`while nobody looked ${RUN} ${i}`);
+  const read = [];
+  page.on('request', request => read.push(new URL(request.url()).pathname));
+  await lookAway(false);
+  await isShownOnce(page, `while nobody looked ${RUN} 4`);
+  assert.equal(await message(page, `while nobody looked ${RUN} `).count(), 5);
+  assert.ok(!read.includes('/api/messages'), `no page of messages is read: ${read}`);
+  await hasNoGap(page);
+});
+
+test('where the stream left something out, the newest page is read, and no hole stays', async () => {
+  const page = await visit();
+  await page.evaluate(() => stream.close());
+  for (let i = 0; i < 105; i++) await store(`left out ${RUN} ${i}`);
+  await page.evaluate(() =>
+    stream.dispatchEvent(new MessageEvent('gap', { data: '{"after":null}', lastEventId: '1-1' })));
+  await isShownOnce(page, `left out ${RUN} 104`);
+  await hasNoGap(page);
+  await page.click('#older');
+  await until('the older ones', async () => (await shown(page)).length > 100);
+  const ids = await shown(page);
+  const { messages } = await getJson(`/api/messages?limit=100&before=${ids[99]}`);
+  assert.deepEqual(ids.slice(100), messages.slice(0, ids.length - 100).map(one => one.id), 'what follows');
+});
+
 hostTest('the instance that serves the stream is killed: the page comes back and has no gap', async () => {
   current.mayFail = true;
   const page = await visit();
@@ -459,6 +508,7 @@ hostTest('the instance that serves the stream is killed: the page comes back and
 hostTest('PostgreSQL away is said in words; what was typed waits and is stored once it is back', async () => {
   current.mayFail = true;
   const [page, plain] = [await visit(), await visit(WITHOUT_SCRIPT)];
+  let fresh;
   try {
     await host('kill postgres');
     await says(page, '#trouble', 'PostgreSQL is away: messages can be neither read nor stored');
@@ -471,13 +521,17 @@ hostTest('PostgreSQL away is said in words; what was typed waits and is stored o
     await says(plain, '#form-trouble', 'Not stored: PostgreSQL is away');
     await says(plain, '#trouble', 'PostgreSQL is away');
     assert.equal(await plain.inputValue('#body'), `kept for PostgreSQL ${RUN}`);
+    fresh = await visit();
+    assert.deepEqual(await shown(fresh), [], 'messages in a page made without PostgreSQL');
   } finally {
     await host('start postgres');
   }
   await says(page, '#sent', 'Stored by');
-  await until('the notice goes', async () => await page.textContent('#trouble') === '');
-  await isShownOnce(page, `waited for PostgreSQL ${RUN}`);
-  await hasNoGap(page);
+  await saysNothing(page, '#trouble');
+  for (const one of [page, fresh]) {
+    await isShownOnce(one, `waited for PostgreSQL ${RUN}`);
+    await hasNoGap(one);
+  }
 });
 
 hostTest('Redis away is said in words; messages go on, and viewers catch up when it is back', async () => {
@@ -495,7 +549,7 @@ hostTest('Redis away is said in words; messages go on, and viewers catch up when
   } finally {
     await host('start redis');
   }
-  await until('the notice goes', async () => await reader.textContent('#trouble') === '');
+  await saysNothing(reader, '#trouble');
   await isShownOnce(reader, `without Redis ${RUN}`);
   await hasNoGap(reader);
 });
