@@ -1616,6 +1616,7 @@ final class Events implements AutoCloseable {
         while (!closed) {
             attempt(() -> counters.subscribe(subscription = new JedisPubSub() {
                 @Override public void onSubscribe(String channel, int count) { // what was said meanwhile is lost
+                    if (closed) unsubscribe();
                     lookForMessages.set(true);
                     lookForCounts.set(true);
                 }

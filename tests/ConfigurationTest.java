@@ -2,6 +2,7 @@ import org.junit.jupiter.api.AfterAll;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -23,6 +24,7 @@ import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What the environment tells an instance, and what it says to what it can't use. */
+@ExtendWith(Evidence.class)
 class ConfigurationTest {
 
     static Config config(String... namesAndValues) throws Config.Invalid {
@@ -163,6 +165,47 @@ class ConfigurationTest {
 
         @Test void ends_with_one_line_even_if_the_value_has_two() throws Exception {
             assertSays(end(Map.of("PORT", "80\n81")), "PORT");
+        }
+    }
+
+    @Nested class An_address_to_listen_on {
+        @Test void is_all_there_are_behind_a_proxy_and_this_machine_alone_without_one() throws Exception {
+            try (Instance everywhere = new Instance("dual", Servers.environment(Servers.newDatabase()))) {
+                for (String address : List.of("127.0.0.1", "::1"))
+                    new java.net.Socket(address, everywhere.port).close();
+            }
+            Map<String, String> only = new HashMap<>(Servers.environment(Servers.newDatabase()));
+            only.put("HOST", "127.0.0.1");
+            try (Instance here = new Instance("local", only)) {
+                here.get("/healthz").expect(200);
+                assertThrows(IOException.class, () -> new java.net.Socket("::1", here.port).close());
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"203.0.113.7", "no.such.host.invalid"})
+        void that_is_none_of_this_machine_is_refused(String host) throws Exception {
+            assertSays(A_process.end(Map.of("HOST", host, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")), "HOST", host);
+        }
+    }
+
+    @Nested class Stores_elsewhere {
+        @ParameterizedTest @ValueSource(strings = {"a,,b", ",", "db:0", "db:65536", "db:x", "[::1", "a b", "http://db"})
+        void with_no_address_are_refused(String hosts) {
+            for (String name : List.of("DB_HOST", "REDIS_SENTINELS")) assertSays(refusal(name, hosts), name, hosts);
+        }
+
+        @Test void may_be_several() throws Exception {
+            assertEquals("[db1:5432, db2:5433, ::1:5432]",
+                    config("DB_HOST", "db1,db2:5433,[::1]").postgres().hosts().toString());
+            assertEquals("threefold", config("REDIS_SENTINELS", "s1,s2,s3:1").redis().master());
+        }
+
+        @Test void are_named_in_one_way_only() { assertSays(refusal("REDIS_HOST", "a", "REDIS_SENTINELS", "b"), "REDIS_HOST"); }
+
+        @ParameterizedTest @CsvSource({"DB_SSLMODE,maybe,verify-full", "REDIS_TLS,yes,true", "DB_SSLROOTCERT,/no/such/file,file",
+                "REDIS_DB,-1,0", "REDIS_WAIT_REPLICAS,x,100"})
+        void that_can_not_be_used_so_are_refused(String name, String value, String right) {
+            assertSays(refusal(name, value), name, value, right);
         }
     }
 

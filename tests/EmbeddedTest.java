@@ -4,6 +4,7 @@ import org.junit.jupiter.api.AfterAll;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 
 import java.io.IOException;
 import java.nio.file.Files;
@@ -22,6 +23,7 @@ import static org.junit.jupiter.api.Assertions.assertNotEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** `jbang Service.java` on its own, as a program: the servers it brings along, its data, its signals, and its log. */
+@ExtendWith(Evidence.class)
 class EmbeddedTest {
     private static final Path DATA = Servers.FOLDER.resolve("kept");
     private static Program program;
@@ -85,6 +87,53 @@ class EmbeddedTest {
             assertEquals(kept.json(), running().get(kept.header("location")).expect(200).json());
             assertEquals(visits + 1, program.visits());
             assertTrue(servers.stream().noneMatch(ProcessHandle::isAlive), "those left behind are stopped");
+        }
+
+        @Test void take_no_folder_of_somebody_else() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("somebody")), theirs = folder.resolve("postgres/precious");
+            Files.createDirectories(theirs.getParent());
+            Files.writeString(theirs, "mine");
+            String said = ConfigurationTest.A_process.end(Map.of("DATA_DIR", folder.toString()));
+            ConfigurationTest.assertSays(said, "DATA_DIR", folder.toString(), "empty", "postgres");
+            assertEquals("mine", Files.readString(theirs));
+            try (Stream<Path> files = Files.list(folder)) { assertEquals(List.of(theirs.getParent()), files.toList()); }
+        }
+
+        @Test void that_were_never_complete_are_made_anew() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("half")), half = folder.resolve("postgres/base");
+            Files.createDirectories(half);
+            for (String mark : List.of("threefold-data", "postgres-unfinished")) Files.createFile(folder.resolve(mark));
+            try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                begun.awaitReady();
+                assertFalse(Files.exists(folder.resolve("postgres-unfinished")));
+            }
+        }
+
+        @Test void are_opened_to_nobody_without_the_password() throws Exception {
+            running();
+            int port = Integer.parseInt(Files.readAllLines(DATA.resolve("postgres/postmaster.pid")).get(3).strip());
+            java.sql.SQLException refused = org.junit.jupiter.api.Assertions.assertThrows(java.sql.SQLException.class,
+                    () -> java.sql.DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port + "/postgres", "postgres", "guess"));
+            assertTrue(refused.getSQLState().startsWith("28"), "" + refused);
+            assertEquals("rw-------", java.nio.file.attribute.PosixFilePermissions.toString(
+                    Files.getPosixFilePermissions(DATA.resolve("password"))));
+        }
+
+        /** A pid that was written down may belong to somebody else by now, even to one with a name like ours. */
+        @Test void cost_no_stranger_its_life() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("strangers"));
+            Path stranger = Files.copy(Path.of("/bin/sleep"), Servers.FOLDER.resolve("redis-server-of-a-stranger"),
+                    java.nio.file.StandardCopyOption.COPY_ATTRIBUTES);
+            Process process = new ProcessBuilder(stranger.toString(), "60").start();
+            try {
+                Files.createFile(folder.resolve("threefold-data"));
+                Files.createDirectories(folder.resolve("redis"));
+                Files.writeString(folder.resolve("redis/redis.pid"), process.pid() + "\n");
+                try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                    begun.awaitReady();
+                    assertTrue(process.isAlive(), "expected that it lets a stranger live");
+                }
+            } finally { process.destroy(); }
         }
 
         @Test void are_not_shared_with_a_second_one() throws Exception {

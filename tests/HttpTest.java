@@ -3,6 +3,7 @@ import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.MethodSource;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -30,6 +31,7 @@ import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What every request can count on, whatever it asks for and however badly it is put. */
+@ExtendWith(Evidence.class)
 class HttpTest {
     static final int BODY_MOST = 32 * 1024;
     private static String stored;
@@ -236,6 +238,9 @@ class HttpTest {
             Servers.one().send("PUT", "/", null).problem(405);
             Servers.one().send("OPTIONS", "/", null);
             Servers.one().send("HEAD", "/", null).expect(200);
+            Answer page = Servers.one().send("HEAD", "/", null, "Accept", "text/html").expect(200);
+            assertTrue(page.header("content-type").startsWith("text/html"), "what GET would get, in " + page);
+            assertTrue(Integer.parseInt(page.header("content-length")) > 5_000, "as long as the page, in " + page);
             Servers.one().say("nobody", "came by");
             assertEquals(before, Servers.three().get(2).total());
         }
@@ -359,6 +364,19 @@ class HttpTest {
 
     @Nested class A_body {
         @Test void of_32_KiB_is_taken() { Servers.one().post(sized(BODY_MOST)).expect(201); }
+
+        /** Said by Content-Length alone; before a byte of it is sent, and without room being made for it. */
+        @ParameterizedTest @ValueSource(longs = {BODY_MOST + 1, 2_000_000_000L, 900_000_000_000_000_000L})
+        void that_says_it_is_huge_is_refused_at_once(long length) throws Exception {
+            Servers.one().raw(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: " + length)).problem(413);
+        }
+
+        /** As `json.dumps` of Python escapes it: 80 and 2,000 characters of two halves each. */
+        @Test void of_the_longest_message_fits_however_it_is_escaped() {
+            String half = "\\ud83d\\ude42";
+            Servers.one().post("{\"author\":\"" + half.repeat(80) + "\",\"body\":\"" + half.repeat(2_000) + "\"}").expect(201);
+            Servers.one().form("author=" + "%F0%9F%99%82".repeat(80) + "&body=" + "%F0%9F%99%82".repeat(2_000)).expect(303);
+        }
 
         @Test void of_one_byte_more_is_too_large() { Servers.one().post(sized(BODY_MOST + 1)).problem(413); }
 

@@ -18,9 +18,7 @@ import org.junit.jupiter.api.MethodOrderer;
 import org.junit.jupiter.api.Order;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.TestMethodOrder;
-import org.junit.platform.engine.discovery.DiscoverySelectors;
-import org.junit.platform.launcher.core.LauncherDiscoveryRequestBuilder;
-import org.junit.platform.launcher.core.LauncherFactory;
+import org.junit.jupiter.api.extension.ExtendWith;
 
 import java.util.HashMap;
 import java.util.List;
@@ -42,20 +40,10 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
  *   ./jbang tests/OpenApiTest.java
  * </pre>
  */
+@ExtendWith(Evidence.class)
 @TestMethodOrder(MethodOrderer.OrderAnnotation.class)
 class OpenApiTest {
-    public static void main(String[] arguments) throws Exception {
-        System.setProperty("java.io.tmpdir", Servers.FOLDER.toString());
-        Evidence.collect();
-        Report report = new Report();
-        LauncherFactory.create().execute(LauncherDiscoveryRequestBuilder.request()
-                .selectors(DiscoverySelectors.selectClass(OpenApiTest.class))
-                .configurationParameter("junit.jupiter.displayname.generator.default",
-                        "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores")
-                .configurationParameter("junit.jupiter.execution.timeout.default", "60 s").build(), report);
-        Servers.close();
-        System.exit(report.summary());
-    }
+    public static void main(String[] arguments) { ServiceTest.run(List.of(OpenApiTest.class)); }
 
     /** What only a crowd can provoke: more requests than may wait. EventsTest and HttpTest see to those. */
     private static final Set<String> NOT_PROVOKED = Set.of("get / 503", "get /api/events 503");

@@ -1,6 +1,7 @@
 import com.google.gson.JsonObject;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.EnumSource;
 import redis.clients.jedis.Jedis;
@@ -37,6 +38,7 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What an instance does while PostgreSQL or Redis is away, when it comes back, and when it leaves itself. */
+@ExtendWith(Evidence.class)
 class OutageTest {
     static final String KEY = "Idempotency-Key";
 
@@ -436,6 +438,37 @@ class OutageTest {
                 assertEquals(List.of("0", "null unlucky", "null unlucky", "null unlucky"), new ArrayList<>(answers));
                 batcher.offer(21, Runnable::run, (a, failure) -> answers.add("" + a));
                 Wait.until("it goes on", () -> answers.contains("42"));
+            }
+        }
+
+        @Test void goes_on_after_an_error_that_is_no_exception() throws Exception {
+            try (var batcher = new Batcher<Integer, Integer>("erring", 10, sizes::add, (batch, mayWait) -> {
+                if (batch.contains(-1)) throw new StackOverflowError();
+                return batch;
+            })) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                for (int n : List.of(-1, 7, -1, 8)) {
+                    batcher.offer(n, Runnable::run, (a, failure) -> answers.add(a + " " + failure));
+                    assertEquals(n < 0 ? "null java.lang.StackOverflowError" : n + " null", answers.poll(5, TimeUnit.SECONDS));
+                }
+            }
+        }
+
+        /** A connection is opened by the batcher's own thread: an I/O thread has others to serve. */
+        @Test void does_itself_what_an_IO_thread_may_not_wait_for() throws Exception {
+            try (var batcher = new Batcher<Integer, String>("waiting", 10, sizes::add, (batch, mayWait) -> {
+                if (!mayWait && batch.contains(-1)) throw new Batcher.NotHere();
+                return batch.stream().map(n -> Thread.currentThread().getName()).toList();
+            })) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                for (int i = 0; i < 3; i++) {
+                    batcher.offer(1, Runnable::run, (a, failure) -> answers.add(a));
+                    answers.poll(5, TimeUnit.SECONDS);
+                }
+                batcher.offer(1, Runnable::run, (a, failure) -> answers.add(a));
+                assertEquals(Thread.currentThread().getName(), answers.poll(5, TimeUnit.SECONDS));
+                batcher.offer(-1, Runnable::run, (a, failure) -> answers.add(a));
+                assertEquals("waiting", answers.poll(5, TimeUnit.SECONDS));
             }
         }
 

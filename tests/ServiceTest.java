@@ -1,24 +1,17 @@
 ///usr/bin/env jbang "$0" "$@" ; exit $?
 //JAVA 21+
 //DEPS org.junit.jupiter:junit-jupiter:6.1.3
-//DEPS org.junit.platform:junit-platform-launcher:6.1.3
+//DEPS org.junit.platform:junit-platform-console:6.1.3
 //SOURCES ../Service.java
-//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java OutageTest.java EmbeddedTest.java
+//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java OutageTest.java StoresTest.java EmbeddedTest.java
 
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
 import org.junit.jupiter.api.AssertionFailureBuilder;
-import org.junit.platform.engine.FilterResult;
-import org.junit.platform.engine.TestExecutionResult;
-import org.junit.platform.engine.discovery.DiscoverySelectors;
-import org.junit.platform.engine.support.descriptor.MethodSource;
-import org.junit.platform.launcher.LauncherDiscoveryRequest;
-import org.junit.platform.launcher.PostDiscoveryFilter;
-import org.junit.platform.launcher.TestExecutionListener;
-import org.junit.platform.launcher.TestIdentifier;
-import org.junit.platform.launcher.TestPlan;
-import org.junit.platform.launcher.core.LauncherDiscoveryRequestBuilder;
-import org.junit.platform.launcher.core.LauncherFactory;
+import org.junit.jupiter.api.extension.BeforeEachCallback;
+import org.junit.jupiter.api.extension.ExtensionContext;
+import org.junit.jupiter.api.extension.TestWatcher;
+import org.junit.platform.console.ConsoleLauncher;
 import redis.clients.jedis.Jedis;
 
 import java.io.BufferedReader;
@@ -28,6 +21,7 @@ import java.io.IOException;
 import java.io.InputStream;
 import java.io.InputStreamReader;
 import java.io.OutputStream;
+import java.io.PrintWriter;
 import java.io.UncheckedIOException;
 import java.lang.management.ManagementFactory;
 import java.net.InetAddress;
@@ -82,97 +76,33 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  *   ./jbang tests/ServiceTest.java NAME ...    those whose class or method name contains NAME
  * </pre>
  *
- * Here: the list of subjects, the runner, and what the tests are written with. What they don't need: Docker, nginx, a
+ * Here: the list of subjects, and what the tests are written with. What they don't need: Docker, nginx, a
  * port that is free. Those are for tests/ of the stack.
  */
 final class ServiceTest {
     static final List<Class<?>> SUBJECTS = List.of(ConfigurationTest.class, HttpTest.class, MessagesTest.class,
-            EventsTest.class, OutageTest.class, EmbeddedTest.class);
+            EventsTest.class, OutageTest.class, StoresTest.class, EmbeddedTest.class);
 
-    public static void main(String[] names) throws Exception {
+    public static void main(String[] names) { run(SUBJECTS, names); }
+
+    static void run(List<Class<?>> subjects, String... names) {
         System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // what libraries unpack goes with it
         Evidence.collect();
-        Report report = new Report();
-        LauncherFactory.create().execute(request(names), report);
+        List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests", "--details=tree",
+                "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
+                + ".generator.default=org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
+                "--config", "junit.jupiter.execution.timeout.default=60 s"));
+        for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
+        for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
+        int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err), arguments.toArray(String[]::new))
+                .getExitCode();
         Servers.close();
-        System.exit(report.summary());
-    }
-
-    private static LauncherDiscoveryRequest request(String[] names) {
-        return LauncherDiscoveryRequestBuilder.request()
-                .selectors(SUBJECTS.stream().map(DiscoverySelectors::selectClass).toList())
-                .configurationParameter("junit.jupiter.displayname.generator.default",
-                        "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores")
-                .configurationParameter("junit.jupiter.execution.timeout.default", "60 s")
-                .filters((PostDiscoveryFilter) test -> FilterResult.includedIf(names.length == 0
-                        || !(test.getSource().orElse(null) instanceof MethodSource source)
-                        || Stream.of(names).anyMatch(name -> named(source, name))))
-                .build();
-    }
-
-    private static boolean named(MethodSource source, String name) {
-        String test = (source.getClassName() + ' ' + source.getMethodName()).toLowerCase();
-        return test.contains(name.toLowerCase()) || test.contains(name.toLowerCase().replace(' ', '_'));
+        System.exit(code);
     }
 }
 
-/** Says what passed, line by line, and of what failed why, with the log lines of the services meanwhile. */
-final class Report implements TestExecutionListener {
-    private final long started = System.nanoTime();
-    private final Map<String, Long> begun = new HashMap<>();
-    private final List<String> failures = new ArrayList<>();
-    private TestPlan plan;
-    private int passed;
-
-    @Override public void testPlanExecutionStarted(TestPlan plan) { this.plan = plan; }
-
-    @Override public void executionStarted(TestIdentifier test) {
-        begun.put(test.getUniqueId(), System.nanoTime());
-        if (test.isTest()) Evidence.clear();
-        else if (test.getSource().isPresent() && !(test.getSource().get() instanceof MethodSource))
-            System.out.println("  ".repeat(depth(test)) + test.getDisplayName());
-    }
-
-    @Override public void executionFinished(TestIdentifier test, TestExecutionResult result) {
-        boolean good = result.getStatus() == TestExecutionResult.Status.SUCCESSFUL;
-        if (test.isTest() && good) passed++;
-        if (test.isTest() || !good)
-            System.out.printf("%s%s %s (%d ms)%n", "  ".repeat(depth(test)), good ? "ok  " : "FAIL", test.getDisplayName(),
-                    (System.nanoTime() - begun.get(test.getUniqueId())) / 1_000_000);
-        if (!good) explain(test, result.getThrowable().orElseGet(() -> new AssertionError("it was " + result)));
-    }
-
-    private void explain(TestIdentifier test, Throwable why) {
-        failures.add(plan.getParent(test).map(TestIdentifier::getDisplayName).orElse("") + ": " + test.getDisplayName());
-        System.out.println(cut(why.toString(), 3_000).indent(8).stripTrailing());
-        Stream.of(why.getStackTrace()).filter(at -> at.getClassName().contains("Test") && at.getFileName() != null
-                        && at.getFileName().endsWith("Test.java") && !at.getFileName().equals("ServiceTest.java"))
-                .limit(3).forEach(at -> System.out.println("        at " + at));
-        for (Throwable also : why.getSuppressed()) System.out.println("        and: " + cut(also.toString(), 500));
-        System.out.println("        the log, last lines:");
-        Evidence.last(20).forEach(line -> System.out.println("          " + cut(line, 500)));
-    }
-
-    /** Prints the outcome; a run in which nothing ran is no success. */
-    int summary() {
-        failures.forEach(failure -> System.out.println("FAIL  " + failure));
-        if (passed + failures.size() == 0) System.out.println("no test has that name");
-        System.out.printf("took %d s%n", (System.nanoTime() - started) / 1_000_000_000);
-        System.out.printf("%d passed, %d failed%n", passed, failures.size());
-        return failures.isEmpty() && passed > 0 ? 0 : 1;
-    }
-
-    private int depth(TestIdentifier test) {
-        return plan.getParent(test).map(parent -> 1 + depth(parent)).orElse(-1);
-    }
-
-    private static String cut(String text, int most) {
-        return text.length() <= most ? text : text.substring(0, most) + " ... (" + text.length() + " characters)";
-    }
-}
-
-/** What the services logged: those in this process, and the output of those started as programs. */
-final class Evidence {
+/** What the services logged, shown for a test that failed: those in this process, and those started as programs. */
+final class Evidence implements BeforeEachCallback, TestWatcher {
     private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
 
     /** Takes the lines where the service's own writer would; that one is never started here, so they stay off the screen. */
@@ -191,6 +121,13 @@ final class Evidence {
             @Override public void flush() {}
             @Override public void close() {}
         });
+    }
+
+    @Override public void beforeEach(ExtensionContext context) { clear(); }
+
+    @Override public void testFailed(ExtensionContext context, Throwable why) {
+        System.out.println("FAIL  " + context.getDisplayName() + ": " + why + "\n  the log, last lines:");
+        last(20).forEach(line -> System.out.println("    " + line.substring(0, Math.min(line.length(), 500))));
     }
 
     static void add(String line) {
@@ -719,6 +656,7 @@ final class Wire implements AutoCloseable {
 final class Cable implements AutoCloseable {
     private final int port;
     private final Set<Socket> ends = ConcurrentHashMap.newKeySet();
+    private final AtomicInteger accepted = new AtomicInteger();
     private volatile int target;
     private volatile boolean hanging, closed;
     private volatile String losing;
@@ -731,6 +669,9 @@ final class Cable implements AutoCloseable {
     }
 
     int port() { return port; }
+
+    /** How many connections came this way. */
+    int accepted() { return accepted.get(); }
 
     void leadTo(int target) { this.target = target; }
 
@@ -771,6 +712,7 @@ final class Cable implements AutoCloseable {
             Socket here = null;
             try {
                 here = at.accept();
+                accepted.incrementAndGet();
                 ends.add(here);
                 Socket from = here;
                 Thread.ofVirtual().start(() -> join(from));
