@@ -1473,15 +1473,11 @@ final class Counters implements AutoCloseable {
     /** Tells this word to all instances, the own one too. */
     void publish(String word) throws InterruptedException { run(true, redis -> redis.publish(CHANNEL, word)); }
 
-    /** Blocks for as long as the subscription lasts; on a connection of its own, which is not used again. */
+    /** Blocks for as long as the subscription lasts; on a connection of its own. */
     void subscribe(JedisPubSub listener) {
-        redis.clients.jedis.Connection connection = connections().getConnection();
-        try {
-            new Jedis(connection).subscribe(listener, CHANNEL);
-        } finally {
-            connection.setBroken(); // events may still arrive on it
-            connection.close();
-        }
+        HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels ? sentinels.getCurrentMaster()
+                : config.hosts().getFirst();
+        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, CHANNEL); }
     }
 
     void ping() {

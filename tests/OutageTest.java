@@ -367,7 +367,10 @@ class OutageTest {
                 return true;
             });
             try (Jedis jedis = Servers.jedis()) {
-                Wait.until("its connections to Redis are gone", () -> !jedis.clientList().contains("threefold-tidy"));
+                Wait.until("its connections to Redis are gone", () -> {
+                    assertEquals("", jedis.clientList().lines().filter(line -> line.contains("threefold-tidy")).collect(java.util.stream.Collectors.joining("; ")));
+                    return true;
+                });
             }
             Wait.until("its connections to PostgreSQL are gone", () -> {
                 assertEquals(List.of("0"), Servers.sql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'threefold tidy'"));
