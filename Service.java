@@ -924,13 +924,22 @@ final class Batcher<Q, A> implements AutoCloseable {
                 try {
                     for (int i = 0; i < batch.size(); i++)
                         if (batch.get(i).home == home)
-                            batch.get(i).then.accept(answers == null ? null : answers.get(i), failure);
+                            tell(batch.get(i), answers == null ? null : answers.get(i), failure);
                 } finally {
                     if (left.decrementAndGet() == 0 && here == null) ahead.release();
                 }
             };
             if (home == here) answering.run();
             else home.execute(answering);
+        }
+    }
+
+    /** One whose answering fails must not cost the others theirs. */
+    private void tell(Waiting<Q, A> one, A answer, Throwable failure) {
+        try {
+            one.then.accept(answer, failure);
+        } catch (Throwable e) {
+            Log.warn("unexpected", "batcher", name, "reason", Log.reason(e));
         }
     }
 

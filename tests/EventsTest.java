@@ -349,6 +349,7 @@ class EventsTest {
                 }
                 assertTrue(board.metric("held_bytes") > 0, "expected that the slow one is stuck by now");
                 List<Long> told = new ArrayList<>();
+                slow.socket.setSoTimeout(60_000); // TCP asks more and more seldom whether there is room again
                 while (told.size() < stored.size()) {
                     String line = slow.readLine();
                     if (line.startsWith("data: {\"id\":")) told.add(Long.parseLong(line.substring(12, line.indexOf(',')).strip()));
