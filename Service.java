@@ -1389,6 +1389,7 @@ final class Counters implements AutoCloseable {
     /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
     private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
+    private static final String BEATS = "{visits:total}:beats"; // when each instance was last heard of
     private static final String CHANNEL = "threefold:events";
 
     // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
@@ -1401,10 +1402,30 @@ final class Counters implements AutoCloseable {
             for i = 1, #old, 2 do redis.call('HINCRBY', KEYS[1], old[i], old[i + 1]) end
             redis.call('DEL', KEYS[2])""";
 
+    /**
+     * "I am here", every five seconds. What those counted who were not heard of for a minute is kept as one number: names
+     * of containers come and go, and would be kept for ever. Only who has been here for a minute itself looks after that.
+     */
+    private static final String BEAT = """
+            local now = tonumber(redis.call('TIME')[1])
+            redis.call('HSET', KEYS[2], ARGV[1], now)
+            if ARGV[2] == 'new' then return end
+            local names = redis.call('HKEYS', KEYS[1])
+            for i = 1, #names do
+              local beat = tonumber(redis.call('HGET', KEYS[2], names[i]) or 0)
+              if names[i] ~= 'earlier instances' and now - beat > 60 then
+                redis.call('HINCRBY', KEYS[1], 'earlier instances', redis.call('HGET', KEYS[1], names[i]))
+                redis.call('HDEL', KEYS[1], names[i])
+                redis.call('HDEL', KEYS[2], names[i])
+              end
+            end""";
+    private static final int PINGS_A_BEAT = 10, PINGS_A_MINUTE = 120;
+
     private final Config.Redis config;
     private final Dependency health;
     private final String instance;
     private final JedisClientConfig client;
+    private int pings;
     private volatile ConnectionProvider connections; // made when first needed: with Sentinels, that asks them
     private boolean closed;
 
@@ -1494,6 +1515,8 @@ final class Counters implements AutoCloseable {
         try (Jedis redis = new Jedis(connections().getConnection())) {
             redis.ping();
             if (!health.isUp()) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+            if (pings++ % PINGS_A_BEAT == 0) redis.eval(BEAT, List.of(BY_INSTANCE, BEATS),
+                    List.of(instance, pings < PINGS_A_MINUTE ? "new" : "settled"));
         }
     }
 

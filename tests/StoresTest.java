@@ -331,6 +331,22 @@ class StoresTest {
             }
         }
 
+        /** Names of containers come and go; what they counted stays in the total. */
+        @Test void keeps_what_instances_counted_that_are_long_gone_as_one_number() throws Exception {
+            try (Jedis jedis = in(7)) {
+                jedis.set("visits:total", "20");
+                jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
+                long now = Long.parseLong(jedis.time().getFirst());
+                jedis.hset("{visits:total}:beats", Map.of("gone1", "" + (now - 61), "here", "" + (now - 30)));
+                Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
+                Counters counters = new Counters(config, new Dependency("redis"));
+                for (int i = 0; i < 121; i++) counters.ping(); // a minute
+                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read(true).byInstance());
+                assertEquals(20, counters.read(true).total());
+                counters.close();
+            }
+        }
+
         @Test void on_which_others_say_odd_things_goes_on_waking() throws Exception {
             try (Jedis jedis = Servers.jedis(); Instance board = new Instance("calm", Servers.environment(Servers.newDatabase()));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
