@@ -1435,7 +1435,7 @@ final class Counters implements AutoCloseable {
         this.instance = config.instance();
         DefaultJedisClientConfig.Builder builder = DefaultJedisClientConfig.builder().user(this.config.user())
                 .password(this.config.pass().value()).database(this.config.db()).clientName("threefold-" + instance)
-                .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
+                .autoNegotiateProtocol(false).connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
                 .blockingSocketTimeoutMillis(10_000); // a subscriber hears something every 3 s, see Events
         if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
         this.client = builder.build();
