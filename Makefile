@@ -92,6 +92,10 @@ test-persist: ## restarts, kills and recreates all containers; checks that every
 test-failover: ## kills, stops, hangs parts under load; checks that nothing is lost, doubled or refused (CASE=…)
 	@tests/failover $(CASE)
 
+.PHONY: test-upgrade
+test-upgrade: ## from the first version to this one in place, under load; checks that nothing is lost, doubled or refused
+	@tests/upgrade
+
 .PHONY: test-browser
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run

@@ -110,6 +110,7 @@ public final class Viewers {
     private final class Viewer extends Thread {
         private final Set<Long> told = ConcurrentHashMap.newKeySet();
         private final List<String> wrong = new ArrayList<>();
+        private final Set<Long> toldByFirst = ConcurrentHashMap.newKeySet();
         private volatile Set<Long> excused = Set.of();
         private String last = "";
         private volatile boolean joined;
@@ -170,7 +171,7 @@ public final class Viewers {
             if (event.equals("gap")) wrong.add("told of a gap: " + data);
             else if (!message.find()) wrong.add("an event with the data " + data);
             else if (firstVersion && (id == null || !id.contains("-") || !last.contains("-"))) {
-                told.add(Long.parseLong(message.group(1)));
+                toldByFirst.add(Long.parseLong(message.group(1)));
                 if (id != null) last = id;
                 excused = Set.copyOf(acknowledged); // the first version lost some when an instance left
             } else if (!place.matches()) wrong.add("an event with the id " + id);
