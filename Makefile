@@ -80,6 +80,10 @@ clean: ## stops it and removes data and images, after asking
 test: ## the service's own tests, with real PostgreSQL and Redis, no Docker needed
 	@./jbang tests/ServiceTest.java $(NAME) && ./jbang tests/OpenApiTest.java
 
+.PHONY: lint
+lint: ## each language by its own tool (scripts/lint shell html: only these)
+	@scripts/lint
+
 .PHONY: test-lb
 test-lb: ## shows and checks that requests spread over the instances
 	@tests/load-balancing
