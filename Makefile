@@ -48,9 +48,7 @@ logs: ## what the containers say, as they say it
 
 .PHONY: trace
 trace: ## follows one request through all logs: make trace ID=… (the X-Request-Id of an answer)
-	@[ -n "$(ID)" ] || { echo "usage: make trace ID=…   (the X-Request-Id of an answer)"; exit 2; }
-	@docker compose logs --no-color 2>/dev/null | grep -F '"request":"$(ID)"' || \
-	  { echo "no log line has the request id $(ID)"; exit 1; }
+	@scripts/trace "$(ID)"
 
 .PHONY: restart
 restart: ## restarts every container
@@ -70,7 +68,8 @@ down: ## stops it; the data stay
 
 .PHONY: clean
 clean: ## stops it and removes data and images, after asking
-	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
+	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; \
+	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
 	@docker compose down --remove-orphans --volumes
 	@docker image rm --force threefold-web >/dev/null
 

@@ -33,7 +33,7 @@ function* ofWorkflow(text) {
 
 for (const file of files) {
   const text = readFileSync(file, 'utf8');
-  const found = [...(/Dockerfile$/.test(file) ? ofDockerfile : /compose\.yml$/.test(file) ? ofCompose : ofWorkflow)(text)];
-  found.forEach(([shell, script], at) =>
+  const inside = /Dockerfile$/.test(file) ? ofDockerfile : /compose\.yml$/.test(file) ? ofCompose : ofWorkflow;
+  [...inside(text)].forEach(([shell, script], at) =>
     writeFileSync(`${folder}/${file.replaceAll('/', '_')}-${at + 1}.sh`, `# shellcheck shell=${shell}\n${script}\n`));
 }
