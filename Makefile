@@ -99,6 +99,10 @@ test-failover: ## kills, stops, hangs parts under load; checks that nothing is l
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run
 
+.PHONY: test-docs
+test-docs: ## runs the commands of README.md and docs/
+	@tests/docs
+
 .PHONY: bench
 bench: ## measures against what the machine can do (QUICK=1: under two minutes)
 	@tests/bench/run
