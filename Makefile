@@ -48,9 +48,7 @@ logs: ## what the containers say, as they say it
 
 .PHONY: trace
 trace: ## follows one request through all logs: make trace ID=… (the X-Request-Id of an answer)
-	@[ -n "$(ID)" ] || { echo "usage: make trace ID=…   (the X-Request-Id of an answer)"; exit 2; }
-	@docker compose logs --no-color 2>/dev/null | grep -F '"request":"$(ID)"' || \
-	  { echo "no log line has the request id $(ID)"; exit 1; }
+	@scripts/trace "$(ID)"
 
 .PHONY: restart
 restart: ## restarts every container
@@ -70,7 +68,8 @@ down: ## stops it; the data stay
 
 .PHONY: clean
 clean: ## stops it and removes data and images, after asking
-	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
+	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; \
+	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
 	@docker compose down --remove-orphans --volumes
 	@docker image rm --force threefold-web >/dev/null
 
@@ -79,6 +78,10 @@ clean: ## stops it and removes data and images, after asking
 .PHONY: test
 test: ## the service's own tests, with real PostgreSQL and Redis, no Docker needed
 	@./jbang tests/ServiceTest.java $(NAME) && ./jbang tests/OpenApiTest.java
+
+.PHONY: lint
+lint: ## each language by its own tool (scripts/lint shell html: only these)
+	@scripts/lint
 
 .PHONY: test-lb
 test-lb: ## shows and checks that requests spread over the instances
@@ -99,6 +102,10 @@ test-upgrade: ## from the first version to this one in place, under load; checks
 .PHONY: test-browser
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run
+
+.PHONY: test-docs
+test-docs: ## runs the commands of README.md and docs/
+	@tests/docs
 
 .PHONY: bench
 bench: ## measures against what the machine can do (QUICK=1: under two minutes)
