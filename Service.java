@@ -255,6 +255,7 @@ public final class Service implements AutoCloseable {
 record Config(String instance, String host, int port, Postgres postgres, Redis redis, int drainMillis, Path dataDir) {
 
     /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
+    @SuppressWarnings("serial") // nobody sends it anywhere
     static final class Invalid extends Exception {
         Invalid(String message) { super(message.replaceAll("\\p{Cntrl}", "?")); } // one line, whatever the value
 
@@ -270,7 +271,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     }
 
     /** Where PostgreSQL is; of several hosts the driver finds the primary. TLS as the driver means it. */
-    record Postgres(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode, String sslRootCert) {}
+    record Postgres(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode,
+            String sslRootCert) {}
 
     /** Where Redis is: one server, or, if {@code master} is a name, the Sentinels that know who bears it now. */
     record Redis(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
@@ -330,7 +332,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
     private record Env(Map<String, String> values) {
-        private static final Pattern ADDRESS = Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
+        private static final Pattern ADDRESS =
+                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
 
         static Env of(Map<String, String> environment) {
             Map<String, String> values = new HashMap<>(environment);
@@ -365,7 +368,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
             List<HostAndPort> found = new ArrayList<>();
             for (String one : values.containsKey(name) ? values.get(name).split(",", -1) : new String[0]) {
                 Matcher matcher = ADDRESS.matcher(one.strip());
-                int itsPort = !matcher.matches() ? 0 : matcher.group(2) == null ? port : Integer.parseInt(matcher.group(2));
+                int itsPort = !matcher.matches() ? 0 : matcher.group(2) == null ? port
+                        : Integer.parseInt(matcher.group(2));
                 if (itsPort < 1 || itsPort > 65535)
                     throw new Invalid(name, values.get(name), "host names or addresses, as in db1,db2:" + port);
                 found.add(new HostAndPort(matcher.group(1).replaceAll("[\\[\\]]", ""), itsPort));
@@ -782,7 +786,8 @@ record Stretch(Cursor asked, Cursor after, Cursor upTo, List<Cursor> cursors, in
 
     /** Whether who asked for this place is answered by it as well. */
     boolean answers(Cursor place) {
-        return place.equals(asked) || place.tx() >= 0 && known && place.compareTo(after) >= 0 && place.compareTo(upTo) <= 0;
+        return place.equals(asked) || place.tx() >= 0 && known && place.compareTo(after) >= 0
+                && place.compareTo(upTo) <= 0;
     }
 
     /** The first event behind the place {@code told}; as many as there are events if there is none. */
@@ -814,6 +819,7 @@ final class Batcher<Q, A> implements AutoCloseable {
     }
 
     /** Says that this batch is nothing for an I/O thread; the batcher's own thread does it. */
+    @SuppressWarnings("serial")
     static final class NotHere extends RuntimeException {
         NotHere() { super("not on an I/O thread", null, false, false); }
     }
@@ -1096,7 +1102,8 @@ final class Database implements AutoCloseable {
                 if (connection == null) connection = open();
                 return work.with(connection);
             } catch (SQLException e) {
-                if (isLost(e) || e.getSQLState().startsWith("42")) abandon(connection); // 42: perhaps no table, no column
+                if (isLost(e) || e.getSQLState().startsWith("42")) abandon(connection);
+                        // 42: perhaps no table, no column
                 else throw e;
                 if (fresh || e.getCause() instanceof SocketTimeoutException) throw e;
             }
@@ -1159,8 +1166,10 @@ final class Messages implements AutoCloseable {
     /**
      * One statement for what is new and for what was stored before under the same key. It writes to the row in either
      * case, so that its commit waits for the disk (and for a standby, where one has to have it) in either case: a row
-     * that is seen may not be safe yet. Of a new row, the text is not sent back. The commit is on disk before it is told,
-     * whatever the server's default. Sorted by key (see save), so that two instances with the same keys lock them in the
+     * that is seen may not be safe yet. Of a new row, the text is not sent back. The commit is on disk before it is
+     * told,
+     * whatever the server's default. Sorted by key (see save), so that two instances with the same keys lock them in
+     * the
      * same order.
      */
     private static final String SAVE = """
@@ -1274,7 +1283,8 @@ final class Messages implements AutoCloseable {
         return queries;
     }
 
-    private static Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries) throws SQLException {
+    private static Map<PageQuery, MessagePage> read(Connection connection,
+            List<PageQuery> queries) throws SQLException {
         List<List<Message>> found = new ArrayList<>();
         for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
         Cursor cursor = null;
@@ -1284,7 +1294,8 @@ final class Messages implements AutoCloseable {
             select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
             try (ResultSet rows = select.executeQuery()) {
                 while (rows.next()) {
-                    if (cursor == null) cursor = new Cursor(Long.parseLong(rows.getString(7)), 0); // the same in every row
+                    if (cursor == null) cursor = new Cursor(Long.parseLong(rows.getString(7)), 0);
+                            // the same in every row
                     if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
                 }
             }
@@ -1328,7 +1339,8 @@ final class Messages implements AutoCloseable {
     }
 
     /**
-     * Where this message stands, or the last one before it; null if its id was not given out yet. For {@link Cursor#NOW}
+     * Where this message stands, or the last one before it; null if its id was not given out yet. For {@link
+     * Cursor#NOW}
      * the place behind all that is settled: what is stored from now on follows it.
      */
     private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
@@ -1359,7 +1371,8 @@ final class Messages implements AutoCloseable {
         }
         boolean whole = cursors.size() < EVENTS_MOST;
         Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
-        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(), bytes.toByteArray(),
+        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
+                bytes.toByteArray(),
                 whole, known);
     }
 
@@ -1403,8 +1416,10 @@ final class Counters implements AutoCloseable {
             redis.call('DEL', KEYS[2])""";
 
     /**
-     * "I am here", every five seconds. What those counted who were not heard of for a minute is kept as one number: names
-     * of containers come and go, and would be kept for ever. Only who has been here for a minute itself looks after that.
+     * "I am here", every five seconds. What those counted who were not heard of for a minute is kept as one number:
+     * names
+     * of containers come and go, and would be kept for ever. Only who has been here for a minute itself looks after
+     * that.
      */
     private static final String BEAT = """
             local now = tonumber(redis.call('TIME')[1])
@@ -1471,7 +1486,8 @@ final class Counters implements AutoCloseable {
         }
     }
 
-    /** No connection, or a server that is loading, or no primary (any more). All else it refuses, it refuses for good. */
+    /** No connection, or a server that is loading, or no primary (any more). All else it refuses,
+            it refuses for good. */
     private static boolean isLost(JedisException e) {
         return e instanceof JedisConnectionException || e.getMessage() != null
                 && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::startsWith);
@@ -1480,7 +1496,8 @@ final class Counters implements AutoCloseable {
     /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */
     List<Long> count(int visits, boolean mayWait) throws InterruptedException {
         long last = run(mayWait, redis -> {
-            Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE), List.of(instance, Integer.toString(visits)));
+            Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE),
+                    List.of(instance, Integer.toString(visits)));
             // A number that only a server that may die has must not be told: the next one would give it again.
             if (config.waitReplicas() > 0 && redis.waitReplicas(config.waitReplicas(), 500) < config.waitReplicas())
                 throw new JedisDataException("NOREPLICAS too few replicas have the count");
@@ -1505,7 +1522,8 @@ final class Counters implements AutoCloseable {
 
     /** Blocks for as long as the subscription lasts; on a connection of its own. */
     void subscribe(JedisPubSub listener) {
-        HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels ? sentinels.getCurrentMaster()
+        HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels
+                ? sentinels.getCurrentMaster()
                 : config.hosts().getFirst();
         try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, CHANNEL); }
     }
@@ -1530,9 +1548,10 @@ final class Counters implements AutoCloseable {
 
     int connectionsInUse() { return pools().stream().mapToInt(Pool::getNumActive).sum(); }
 
-    @Override public synchronized void close() throws Exception {
+    @Override public synchronized void close() {
         closed = true;
-        if (connections != null) connections.close();
+        pools().forEach(Pool::close);
+        if (connections instanceof SentineledConnectionProvider sentinels) sentinels.close();
     }
 }
 
@@ -1595,13 +1614,15 @@ final class Events implements AutoCloseable {
 
     /** One event as bytes. The data has no line ends: it is JSON of one line. */
     static byte[] frame(String event, Cursor id, String data) {
-        return ((id == null ? "" : "id: " + id + '\n') + "event: " + event + "\ndata: " + data + "\n\n").getBytes(UTF_8);
+        return ((id == null ? "" : "id: " + id + '\n') + "event: " + event + "\ndata: " + data + "\n\n")
+                .getBytes(UTF_8);
     }
 
     private void tellLoop() {
         for (long tick = 1; !closed && Http.pause(TICK_MILLIS); tick++) {
             boolean second = tick % TICKS_A_SECOND == 0; // a look, whoever said what; and those who are stuck
-            if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE)); // a dead subscription is noticed
+            if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE));
+                    // a dead subscription is noticed
             attempt(() -> wakeOthers(stored, lookForMessages, STORED));
             if (lookForMessages.getAndSet(false) || second) viewers.forEach(Viewer::wake);
             if (tick % 6 != 0) continue; // visits: at most four events a second
@@ -1902,7 +1923,8 @@ final class Http implements AutoCloseable {
                 .setWorker(worker)
                 .setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 4))
                 .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router)))
-                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB for each.
+                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB for
+                // each.
                 .setSocketOption(Options.SEND_BUFFER, 32 * 1024)
                 .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
                 .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * BODY_MOST) // up to here a 413 reads to the end
@@ -1919,8 +1941,10 @@ final class Http implements AutoCloseable {
             built.start();
             server = built;
         } catch (RuntimeException e) {
-            throw new Config.Invalid("PORT=\"%d\" cannot be used on HOST=\"%s\": it needs an address of this machine and a"
-                    .formatted(config.port(), config.host()) + " port that is free and allowed (" + Log.reason(e) + ")");
+            throw new Config.Invalid("PORT=\"%d\" cannot be used on HOST=\"%s\": it needs an address of this "
+                    + "machine and a"
+                    .formatted(config.port(), config.host()) + " port that is free and allowed (" + Log.reason(e)
+                            + ")");
         }
     }
 
@@ -2027,7 +2051,8 @@ final class Http implements AutoCloseable {
     <Q, A> void askOutcome(HttpServerExchange exchange, Batcher<Q, A> batcher, Q question, Outcome<A> outcome) {
         exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
             boolean taken = batcher.offer(question, exchange.getIoThread(), (answer, failure) ->
-                    Connectors.executeRootHandler(ex -> guarded(ex, () -> outcome.send(ex, answer, failure)), exchange));
+                    Connectors.executeRootHandler(ex -> guarded(ex, () -> outcome.send(ex, answer, failure)),
+                            exchange));
             if (!taken) Connectors.executeRootHandler(ex -> sendProblem(ex, Problem.overloaded()), exchange);
         });
     }
@@ -2146,10 +2171,11 @@ final class Http implements AutoCloseable {
 }
 
 /** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */
+@SuppressWarnings("serial")
 final class Problem extends RuntimeException {
     private final int status;
     private final String title;
-    private final transient Map<String, String> errors;
+    private final Map<String, String> errors;
 
     private Problem(int status, String title, String detail, Map<String, String> errors) {
         super(detail, null, false, false); // a refusal is no accident: it has no stack trace
@@ -2665,7 +2691,8 @@ final class Embedded implements AutoCloseable {
     }
 
     private static boolean isOurs(ProcessHandle process, Path data, Path programs) {
-        if (process.info().command().map(Path::of).filter(command -> command.startsWith(programs)).isPresent()) return true;
+        if (process.info().command().map(Path::of).filter(command -> command.startsWith(programs))
+                .isPresent()) return true;
         try { // Linux tells where it works: both servers go to their data
             return Files.isSameFile(Path.of("/proc/" + process.pid() + "/cwd"), data);
         } catch (IOException e) {

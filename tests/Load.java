@@ -161,7 +161,8 @@ public final class Load {
             findings.counting.addAll(countingErrors(visitsTotal()));
             return how + " " + findings.report() + tally.details() + findings.details();
         } catch (IOException e) {
-            return how + " lost=? doubled=?" + tally.details() + "\n- what was stored can't be read back: " + e.getMessage();
+            return how + " lost=? doubled=?" + tally.details() + "\n- what was stored can't be read back: "
+                    + e.getMessage();
         }
     }
 
@@ -308,7 +309,8 @@ public final class Load {
 
         @Override public String toString() {
             String time = LocalTime.now().truncatedTo(ChronoUnit.MILLIS) + " after " + (ended - began) + " ms: ";
-            return time + (answer == null ? failure.toString() : answer.status + " from " + answer.header("x-instance-id")
+            return time + (answer == null ? failure.toString() : answer.status + " from "
+                    + answer.header("x-instance-id")
                     + ", request " + answer.header("x-request-id") + " " + answer.body.lines().findFirst().orElse(""));
         }
     }
@@ -496,7 +498,8 @@ public final class Load {
     private String directStop() throws InterruptedException {
         directing = false;
         for (Direct direct : directs) direct.join();
-        List<String> cut = directs.stream().filter(d -> d.cut != null).map(d -> "idle " + d.idle + " ms: " + d.cut).toList();
+        List<String> cut = directs.stream().filter(d -> d.cut != null).map(d -> "idle " + d.idle + " ms: " + d.cut)
+                .toList();
         long firstTold = directs.stream().mapToLong(d -> d.firstTold).filter(time -> time > 0).min().orElse(0);
         long lastAnswer = directs.stream().mapToLong(d -> d.lastAnswer).max().orElse(0);
         return "answered=" + directs.stream().mapToInt(d -> d.answered).sum() + " cut=" + cut.size()
@@ -669,7 +672,8 @@ public final class Load {
      */
     private String forwarded() throws Exception {
         String path = "/" + run;
-        Request lie = new Request("GET", path).header("X-Forwarded-For", "203.0.113.7").header("X-Real-IP", "203.0.113.7")
+        Request lie = new Request("GET", path).header("X-Forwarded-For", "203.0.113.7")
+                .header("X-Real-IP", "203.0.113.7")
                 .header("Forwarded", "for=203.0.113.7").header("X-Forwarded-Proto", "https")
                 .header("X-Proxy-Request-Id", "203.0.113.7");
         try (ServerSocket listener = new ServerSocket(port)) {
@@ -684,14 +688,16 @@ public final class Load {
         }
     }
 
-    /** Answers requests for one path with their own head, and hangs up on others, which nginx then gives to the next. */
+    /** Answers requests for one path with their own head, and hangs up on others,
+            which nginx then gives to the next. */
     private static void echo(ServerSocket listener, String path) {
         while (!listener.isClosed()) {
             try (Socket socket = listener.accept()) {
                 String head = Connection.readHead(new BufferedInputStream(socket.getInputStream()));
                 if (!head.startsWith("GET " + path + " ")) continue;
                 String body = head.substring(head.indexOf("\r\n") + 2).toLowerCase();
-                socket.getOutputStream().write(("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: " + body.length()
+                socket.getOutputStream().write(("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: "
+                        + body.length()
                         + "\r\n\r\n" + body).getBytes(UTF_8));
             } catch (IOException e) { /* that one is gone; or we are done */ }
         }
@@ -719,7 +725,8 @@ public final class Load {
             return header("Content-Length", Integer.toString(body.length));
         }
 
-        String head(String host) { return method + " " + path + " HTTP/1.1\r\nHost: " + host + "\r\n" + headers + "\r\n"; }
+        String head(String host) { return method + " " + path + " HTTP/1.1\r\nHost: " + host + "\r\n" + headers
+                + "\r\n"; }
 
         @Override public String toString() { return method + " " + path; }
     }
@@ -787,7 +794,8 @@ public final class Load {
             StringBuilder head = new StringBuilder();
             while (head.length() < 4 || head.lastIndexOf("\r\n\r\n") != head.length() - 4) {
                 int next = in.read();
-                if (next < 0) throw new EOFException(head.isEmpty() ? "closed without an answer" : "cut off in the head");
+                if (next < 0) throw new EOFException(head.isEmpty() ? "closed without an answer"
+                        : "cut off in the head");
                 head.append((char) next);
             }
             return head.toString();

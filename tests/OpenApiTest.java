@@ -121,8 +121,10 @@ class OpenApiTest {
         Caller one = Servers.one();
         String location = one.say("Ada", "to be read").expect(201).header("location");
         one.say("Ada", "to be on the page before").expect(201);
-        assertTrue(described("get", "/api/messages", one.get("/api/messages?limit=1")).json().get("next").isJsonPrimitive());
-        assertTrue(described("get", "/api/messages", one.get("/api/messages?before=1")).json().get("next").isJsonNull());
+        assertTrue(described("get", "/api/messages", one.get("/api/messages?limit=1")).json().get("next")
+                .isJsonPrimitive());
+        assertTrue(described("get", "/api/messages", one.get("/api/messages?before=1")).json().get("next")
+                .isJsonNull());
         described("get", "/api/messages", one.get("/api/messages?limit=101"));
         described("get", "/api/messages/{id}", one.get(location));
         described("get", "/api/messages/{id}", one.get("/api/messages/999999999999999999"));
@@ -130,7 +132,8 @@ class OpenApiTest {
 
     @Test @Order(2) void is_right_about_operation() {
         Caller one = Servers.one();
-        for (String path : List.of("/healthz", "/readyz", "/metrics", "/openapi.json")) described("get", path, one.get(path));
+        for (String path : List.of("/healthz", "/readyz", "/metrics", "/openapi.json")) described("get", path,
+                one.get(path));
         described("get", "/metrics", one.get("/metrics", "X-Forwarded-For", "192.0.2.1"));
     }
 
@@ -258,7 +261,8 @@ class OpenApiTest {
 
     private static void eachOperation(BiConsumer<String, JsonObject> action) {
         document.getAsJsonObject("paths").entrySet().forEach(path -> path.getValue().getAsJsonObject().entrySet()
-                .forEach(method -> action.accept(method.getKey() + " " + path.getKey(), method.getValue().getAsJsonObject())));
+                .forEach(method -> action.accept(method.getKey() + " " + path.getKey(), method.getValue()
+                        .getAsJsonObject())));
     }
 
     private static void each(JsonElement element, String pointer, BiConsumer<String, JsonObject> action) {

@@ -3,7 +3,8 @@
 //DEPS org.junit.jupiter:junit-jupiter:6.1.3
 //DEPS org.junit.platform:junit-platform-console:6.1.3
 //SOURCES ../Service.java
-//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java OutageTest.java StoresTest.java EmbeddedTest.java
+//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java
+//SOURCES OutageTest.java StoresTest.java EmbeddedTest.java
 
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
@@ -88,13 +89,15 @@ final class ServiceTest {
     static void run(List<Class<?>> subjects, String... names) {
         System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // what libraries unpack goes with it
         Evidence.collect();
-        List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests", "--details=tree",
+        List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
+                "--details=tree",
                 "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
                 + ".generator.default=org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
                 "--config", "junit.jupiter.execution.timeout.default=60 s"));
         for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
         for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
-        int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err), arguments.toArray(String[]::new))
+        int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err),
+                arguments.toArray(String[]::new))
                 .getExitCode();
         Servers.close();
         System.exit(code);
@@ -105,7 +108,8 @@ final class ServiceTest {
 final class Evidence implements BeforeEachCallback, TestWatcher {
     private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
 
-    /** Takes the lines where the service's own writer would; that one is never started here, so they stay off the screen. */
+    /** Takes the lines where the service's own writer would; that one is never started here,
+            so they stay off the screen. */
     static void collect() {
         Thread.ofPlatform().name("test-evidence").daemon().start(() -> {
             try {
@@ -139,7 +143,8 @@ final class Evidence implements BeforeEachCallback, TestWatcher {
 
     static List<String> all() { return new ArrayList<>(LINES); }
 
-    /** The last lines; of those that differ in time and request only, as asking again and again makes them, the last. */
+    /** The last lines; of those that differ in time and request only, as asking again and again makes them,
+            the last. */
     static List<String> last(int count) {
         LinkedHashMap<String, String> different = new LinkedHashMap<>();
         for (String line : all()) different.putLast(line.replaceAll("\"(time|request)\":\"[^\"]*\",", ""), line);
@@ -149,7 +154,8 @@ final class Evidence implements BeforeEachCallback, TestWatcher {
 
 /**
  * The one pair of PostgreSQL and Redis that all tests share, and three instances in front of it. All that a run leaves
- * lies in one folder. A guard, a shell at the other end of a pipe, clears up when this process is gone, even by kill -9.
+ * lies in one folder. A guard, a shell at the other end of a pipe, clears up when this process is gone, even by kill
+ * -9.
  */
 final class Servers {
     static final Path FOLDER = folder();
@@ -170,16 +176,19 @@ final class Servers {
                 [ -f "$file" ] && pid=$(head -n 1 "$file") && kill -QUIT "$pid" && kill -CONT "$pid"
             done
             for exe in /proc/[0-9]*/exe; do # on Linux also those that a broken service has lost sight of
-                case $(readlink "$exe") in "$0"/*) pid=${exe#/proc/}; kill -QUIT "${pid%/exe}"; kill -CONT "${pid%/exe}" ;; esac
+                case $(readlink "$exe") in "$0"/*) ;; *) continue ;; esac
+                pid=${exe#/proc/}; kill -QUIT "${pid%/exe}"; kill -CONT "${pid%/exe}"
             done
             for try in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && exit; sleep 1; done
             """;
 
     private static Path folder() {
         try {
-            Path folder = Path.of(System.getProperty("java.io.tmpdir"), "threefold-test-" + ProcessHandle.current().pid());
+            Path folder = Path.of(System.getProperty("java.io.tmpdir"), "threefold-test-" + ProcessHandle.current()
+                    .pid());
             Files.createDirectories(folder);
-            guard = new ProcessBuilder("sh", "-c", GUARD, folder.toString()).redirectOutput(ProcessBuilder.Redirect.DISCARD)
+            guard = new ProcessBuilder("sh", "-c", GUARD, folder.toString())
+                    .redirectOutput(ProcessBuilder.Redirect.DISCARD)
                     .redirectError(ProcessBuilder.Redirect.DISCARD).start();
             Runtime.getRuntime().addShutdownHook(new Thread(Servers::close));
             return folder;
@@ -351,12 +360,14 @@ record Answer(int status, Map<String, List<String>> headers, String body) {
     Answer problem(int expected, String... named) {
         expect(expected);
         String type = header("content-type");
-        if (type == null || !type.startsWith("application/problem+json")) throw AssertionFailureBuilder.assertionFailure()
+        if (type == null || !type.startsWith("application/problem+json"))
+            throw AssertionFailureBuilder.assertionFailure()
                 .message("type").expected("application/problem+json").actual(type + " in " + this).build();
         if (json().get("status").getAsInt() != expected || json().get("title").getAsString().isBlank())
             throw new AssertionError("expected a title and the status " + expected + ", actual: " + this);
         for (String name : named)
-            if (!body.contains(name)) throw new AssertionError("expected a problem that names " + name + ", actual: " + this);
+            if (!body.contains(name)) throw new AssertionError("expected a problem that names " + name + ", actual: "
+                    + this);
         if (body.contains("Exception") || body.contains("\\tat ") || body.contains(".java"))
             throw new AssertionError("expected a problem without our insides, actual: " + this);
         return this;
@@ -401,7 +412,8 @@ class Caller {
                         : HttpRequest.BodyPublishers.ofByteArray(body));
         if (headers.length > 0) request.headers(headers);
         return CLIENT.sendAsync(request.build(), HttpResponse.BodyHandlers.ofByteArray()).thenApply(response ->
-                new Answer(response.statusCode(), Answer.anyCase(response.headers().map()), new String(response.body(), UTF_8)));
+                new Answer(response.statusCode(), Answer.anyCase(response.headers().map()),
+                        new String(response.body(), UTF_8)));
     }
 
     Answer send(String method, String path, byte[] body, String... headers) {
@@ -486,7 +498,8 @@ final class Instance extends Caller implements AutoCloseable {
     }
 }
 
-/** A service as a program of its own, `java Service` or `jbang Service.java`, with nothing in its environment but this. */
+/** A service as a program of its own, `java Service` or `jbang Service.java`,
+        with nothing in its environment but this. */
 final class Program extends Caller implements AutoCloseable {
     final Process process;
     private final List<String> out = new ArrayList<>(), err = new ArrayList<>();
@@ -497,7 +510,8 @@ final class Program extends Caller implements AutoCloseable {
         super(port);
         ProcessBuilder builder = new ProcessBuilder(command).directory(root().toFile());
         builder.environment().keySet().retainAll(Set.of("PATH", "LANG", "LC_ALL", "JAVA_HOME"));
-        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", "" + port));
+        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", ""
+                + port));
         builder.environment().putAll(environment);
         process = builder.start();
         pidFile = Files.writeString(Servers.FOLDER.resolve("program-" + process.pid() + ".pid"), "" + process.pid());
@@ -628,7 +642,8 @@ final class Wire implements AutoCloseable {
     private String line() throws IOException {
         ByteArrayOutputStream line = new ByteArrayOutputStream();
         for (int c; (c = in.read()) != '\n'; ) {
-            if (c < 0) throw new EOFException("expected an answer, but the connection was closed after \"" + line + '"');
+            if (c < 0) throw new EOFException("expected an answer, but the connection was closed after \"" + line
+                    + '"');
             line.write(c);
         }
         return line.toString(ISO_8859_1).stripTrailing();
@@ -691,7 +706,8 @@ final class Cable implements AutoCloseable {
         if (entry != null) return;
         ServerSocket opened = new ServerSocket();
         opened.setReuseAddress(true);
-        for (int tries = 0; !opened.isBound(); tries++) // the socket that was cut may take a moment to let go of the port
+        for (int tries = 0; !opened.isBound();
+                tries++) // the socket that was cut may take a moment to let go of the port
             try {
                 opened.bind(new InetSocketAddress(InetAddress.getLoopbackAddress(), port), 200);
             } catch (java.net.BindException e) {

@@ -10,9 +10,12 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 /**
  * The rude clients of tests/failover: they ask for much and read nothing, or a byte a second.
  *
- * <p>{@code java SlowReaders.java HOST PORT VIEWERS PAGES SECONDS} opens so many streams of events from the first message
- * on, and asks for so many of the largest pages, HTML and JSON in turn, each on a connection of its own. Every second one
- * reads a byte a second. First it stores 120 of the longest messages, so that there is much to send. JDK 21, nothing else.
+ * <p>{@code java SlowReaders.java HOST PORT VIEWERS PAGES SECONDS} opens so many streams of events from the first
+ * message
+ * on, and asks for so many of the largest pages, HTML and JSON in turn, each on a connection of its own. Every second
+ * one
+ * reads a byte a second. First it stores 120 of the longest messages, so that there is much to send. JDK 21, nothing
+ * else.
  */
 public final class SlowReaders {
     public static void main(String[] args) throws Exception {
@@ -36,10 +39,12 @@ public final class SlowReaders {
     }
 
     private static void store(String host, int port, int number) throws IOException {
-        byte[] body = ("{\"author\":\"test-failover\",\"body\":\"" + "\ud83d\ude42".repeat(1_990) + number + "\"}").getBytes(UTF_8);
+        byte[] body = ("{\"author\":\"test-failover\",\"body\":\"" + "\ud83d\ude42".repeat(1_990) + number + "\"}")
+                .getBytes(UTF_8);
         try (Socket socket = new Socket(host, port)) {
             OutputStream out = socket.getOutputStream();
-            out.write(("POST /api/messages HTTP/1.1\r\nHost: " + host + "\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            out.write(("POST /api/messages HTTP/1.1\r\nHost: " + host
+                    + "\r\nConnection: close\r\nContent-Type: application/json\r\n"
                     + "Content-Length: " + body.length + "\r\n\r\n").getBytes(UTF_8));
             out.write(body);
             socket.getInputStream().readAllBytes();

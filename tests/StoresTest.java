@@ -22,7 +22,8 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
-/** Stores that refuse, are slow, may not be written to, want TLS, were made by an earlier version, or sit behind a pooler. */
+/** Stores that refuse, are slow, may not be written to, want TLS, were made by an earlier version,
+        or sit behind a pooler. */
 @ExtendWith(Evidence.class)
 class StoresTest {
     /** A board whose database is used as somebody with few rights. */
@@ -39,7 +40,8 @@ class StoresTest {
     }
 
     private static void cutConnections(String database) {
-        Servers.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '" + database + "'");
+        Servers.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '" + database
+                + "'");
     }
 
     @Nested class A_PostgreSQL {
@@ -63,7 +65,8 @@ class StoresTest {
                 cutConnections(database);
                 Wait.until("it can't be written to", () -> board.say("a", "lost").status() == 503);
                 Servers.sql("postgres", "ALTER DATABASE " + database + " RESET default_transaction_read_only");
-                Wait.until("it writes on a new connection", Wait.PROMISED, () -> board.say("a", "after").status() == 201);
+                Wait.until("it writes on a new connection", Wait.PROMISED, () -> board.say("a", "after")
+                        .status() == 201);
             }
         }
 
@@ -102,8 +105,10 @@ class StoresTest {
             Servers.sql("postgres", "ALTER DATABASE " + database + " SET synchronous_commit = off");
             try (Instance board = new Instance("careful", Servers.environment(database))) {
                 board.awaitReady();
-                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql "
-                        + "AS 'BEGIN INSERT INTO seen VALUES (current_setting(''synchronous_commit'')); RETURN NEW; END'; "
+                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
+                        + "LANGUAGE plpgsql "
+                        + "AS 'BEGIN INSERT INTO seen VALUES (current_setting(''synchronous_commit'')); RETURN "
+                                + "NEW; END'; "
                         + "CREATE CONSTRAINT TRIGGER look AFTER INSERT ON messages DEFERRABLE INITIALLY DEFERRED "
                         + "FOR EACH ROW EXECUTE FUNCTION look()");
                 board.say("a", "is it safe?").expect(201);
@@ -124,7 +129,8 @@ class StoresTest {
             try (Instance board = new Instance("newer", Servers.environment(database))) {
                 board.awaitReady();
                 assertTrue(board.say("a", "old 7", "Idempotency-Key", "7").expect(200).id() == 7);
-                Servers.sql(database, "INSERT INTO messages (author, body, instance, request_key) VALUES ('a', 'by an old one', 'web2', 'k')");
+                Servers.sql(database, "INSERT INTO messages (author, body, instance, request_key) VALUES ('a', "
+                        + "'by an old one', 'web2', 'k')");
                 board.say("a", "new").expect(201);
                 try (EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=10")) {
                     Wait.until("it has what came after message 10", () -> viewer.ids().size() == 242);
@@ -133,11 +139,13 @@ class StoresTest {
             }
         }
 
-        /** The numbers of transactions begin anew where a dump is read in; those in the rows would lie in the future. */
+        /** The numbers of transactions begin anew where a dump is read in;
+                those in the rows would lie in the future. */
         @Test void that_was_restored_from_a_dump_tells_its_messages() throws Exception {
             String database = Servers.newDatabase();
             Servers.sql(database, Files.readString(Program.root().resolve("init.sql"))
-                    + "; INSERT INTO messages (author, body, instance, request_key, tx) VALUES ('a', 'b', 'c', 'd', '99999999999')");
+                    + "; INSERT INTO messages (author, body, instance, request_key, tx) VALUES ('a', 'b', 'c', "
+                            + "'d', '99999999999')");
             try (Instance board = new Instance("restored", Servers.environment(database));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=0")) {
                 Wait.until("it is told", () -> viewer.ids().size() == 1);
@@ -160,11 +168,15 @@ class StoresTest {
 
         @BeforeAll static void certificates() throws Exception {
             folder = Files.createDirectories(Servers.FOLDER.resolve("tls"));
-            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.crt");
-            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=other", "-keyout", "other.key", "-out", "other.crt");
-            run("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr");
+            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca",
+                    "-keyout", "ca.key", "-out", "ca.crt");
+            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=other",
+                    "-keyout", "other.key", "-out", "other.crt");
+            run("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "server.key",
+                    "-out", "server.csr");
             Files.writeString(folder.resolve("names"), "subjectAltName=DNS:localhost");
-            run("openssl", "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+            run("openssl", "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
+                    "-CAcreateserial", "-days", "2",
                     "-extfile", "names", "-out", "server.crt");
             Path data = Path.of(Servers.sql("postgres", "SHOW data_directory").getFirst());
             for (String file : List.of("server.crt", "server.key")) {
@@ -184,14 +196,17 @@ class StoresTest {
             assertEquals(0, process.waitFor(), said);
         }
 
-        @ParameterizedTest @CsvSource({"require,localhost,", "verify-ca,127.0.0.1,ca.crt", "verify-full,localhost,ca.crt"})
+        @ParameterizedTest @CsvSource({"require,localhost,", "verify-ca,127.0.0.1,ca.crt",
+                "verify-full,localhost,ca.crt"})
         void is_used_over_TLS(String mode, String host, String authority) throws Exception {
             String database = Servers.newDatabase();
             String file = authority == null ? "" : folder.resolve(authority).toString();
-            try (Instance board = new Instance("tls-" + mode, with(database, "DB_HOST", host, "DB_SSLMODE", mode, "DB_SSLROOTCERT", file))) {
+            try (Instance board = new Instance("tls-" + mode,
+                    with(database, "DB_HOST", host, "DB_SSLMODE", mode, "DB_SSLROOTCERT", file))) {
                 board.awaitReady();
                 board.say("a", "secret").expect(201);
-                assertEquals(List.of("0"), Servers.sql("postgres", "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) "
+                assertEquals(List.of("0"), Servers.sql("postgres",
+                        "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) "
                         + "WHERE datname = '" + database + "' AND application_name LIKE 'threefold%' AND NOT ssl"));
             }
         }
@@ -201,7 +216,8 @@ class StoresTest {
             try (Instance board = new Instance("wary", with(Servers.newDatabase(), "DB_HOST", host, "DB_SSLMODE", mode,
                     "DB_SSLROOTCERT", folder.resolve(authority).toString()))) {
                 board.say("a", "not to a stranger").unavailable();
-                Wait.until("it says why", () -> Evidence.all().toString().matches("(?is).*(certificate|hostname|PKIX).*"));
+                Wait.until("it says why", () -> Evidence.all().toString()
+                        .matches("(?is).*(certificate|hostname|PKIX).*"));
             }
         }
     }
@@ -216,7 +232,8 @@ class StoresTest {
             Process asked = new ProcessBuilder(PROGRAM, "--version").start();
             String version = new String(asked.getInputStream().readAllBytes()).replaceAll("(?s)\\D*1\\.(\\d+).*", "$1");
             boolean prepares = Integer.parseInt(version) >= 21; // in transaction mode too
-            Assumptions.assumeTrue(prepares || mode.equals("session"), "PgBouncer 1." + version + " is older than 1.21");
+            Assumptions.assumeTrue(prepares || mode.equals("session"), "PgBouncer 1." + version
+                    + " is older than 1.21");
             String database = Servers.newDatabase();
             int port = Servers.freePort();
             Process pooler = start(mode, port, prepares);
@@ -226,7 +243,8 @@ class StoresTest {
                 two.awaitReady();
                 try (EventsTest.Viewer viewer = new EventsTest.Viewer(one, "")) {
                     List<Long> stored = new ArrayList<>();
-                    for (int i = 0; i < 60; i++) stored.add((i % 2 == 0 ? one : two).say("a", "pooled " + i).expect(201).id());
+                    for (int i = 0; i < 60; i++) stored.add((i % 2 == 0 ? one : two).say("a", "pooled " + i)
+                            .expect(201).id());
                     assertEquals(stored.getFirst(), one.get("/api/messages/" + stored.getFirst()).expect(200).id());
                     two.get("/api/messages?limit=50&before=" + stored.getLast()).expect(200);
                     Wait.until("all is told", () -> viewer.ids().containsAll(stored));
@@ -257,10 +275,12 @@ class StoresTest {
                     mode.equals("session") ? 20 : 3, prepares ? "max_prepared_statements = 100" : ""));
             List<String> command = new ArrayList<>(List.of(PROGRAM, settings.toString()));
             if (System.getProperty("user.name").equals("root")) { // it does not run as root
-                new ProcessBuilder("chmod", "-R", "a+rX", folder.toString(), Servers.FOLDER.toString()).start().waitFor();
+                new ProcessBuilder("chmod", "-R", "a+rX", folder.toString(), Servers.FOLDER.toString()).start()
+                        .waitFor();
                 if (PROGRAM.startsWith("/usr")) command.addAll(1, List.of("-u", "nobody"));
             }
-            return new ProcessBuilder(command).redirectErrorStream(true).redirectOutput(folder.resolve("out").toFile()).start();
+            return new ProcessBuilder(command).redirectErrorStream(true)
+                    .redirectOutput(folder.resolve("out").toFile()).start();
         }
     }
 
@@ -273,7 +293,8 @@ class StoresTest {
         }
 
         @Test void that_refuses_a_command_is_not_taken_for_away() throws Exception {
-            try (Jedis jedis = in(3); Instance board = new Instance("refused", with(Servers.newDatabase(), "REDIS_DB", "3"))) {
+            try (Jedis jedis = in(3); Instance board = new Instance("refused",
+                    with(Servers.newDatabase(), "REDIS_DB", "3"))) {
                 board.awaitReady();
                 jedis.lpush("visits:total", "no number");
                 for (int i = 0; i < 20; i++) {
@@ -286,7 +307,8 @@ class StoresTest {
         }
 
         @Test void that_became_a_replica_is_taken_for_away_until_it_is_none() throws Exception {
-            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("replica").toString(),
+            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("replica")
+                    .toString(),
                     "DB_HOST", "none"));
             try {
                 Config.Redis redis = own.start().redis();
@@ -300,13 +322,15 @@ class StoresTest {
                     Wait.until("it is", () -> board.get("/").status() == 200
                             && Evidence.all().toString().contains("READONLY"));
                     jedis.replicaofNoOne();
-                    Wait.until("it counts again", Wait.PROMISED, () -> !board.get("/").json().get("visits").isJsonNull());
+                    Wait.until("it counts again", Wait.PROMISED, () -> !board.get("/").json().get("visits")
+                            .isJsonNull());
                 }
             } finally { own.close(); }
         }
 
         @Test void is_used_by_a_user_with_few_rights() throws Exception {
-            try (Jedis jedis = in(4); Instance board = board(jedis, "~visits:* ~{visits:total}:* &threefold:events +@all -@admin")) {
+            try (Jedis jedis = in(4); Instance board = board(jedis,
+                    "~visits:* ~{visits:total}:* &threefold:events +@all -@admin")) {
                 board.awaitReady();
                 assertEquals(1, board.visits());
                 assertEquals(1, board.total());
@@ -315,7 +339,8 @@ class StoresTest {
 
         private Instance board(Jedis jedis, String rights) {
             jedis.aclSetUser("guest", ("reset resetchannels on >pass " + rights).split(" "));
-            return new Instance("guest", with(Servers.newDatabase(), "REDIS_USER", "guest", "REDIS_PASS", "pass", "REDIS_DB", "4"));
+            return new Instance("guest", with(Servers.newDatabase(), "REDIS_USER", "guest", "REDIS_PASS", "pass",
+                    "REDIS_DB", "4"));
         }
 
         @Test void of_the_first_version_keeps_its_counts() throws Exception {
@@ -348,10 +373,12 @@ class StoresTest {
         }
 
         @Test void on_which_others_say_odd_things_goes_on_waking() throws Exception {
-            try (Jedis jedis = Servers.jedis(); Instance board = new Instance("calm", Servers.environment(Servers.newDatabase()));
+            try (Jedis jedis = Servers.jedis(); Instance board = new Instance("calm",
+                    Servers.environment(Servers.newDatabase()));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
                 board.awaitReady();
-                for (String word : List.of("", "\n", "visits", "visits\n", "messages\nx y", "messages\n1", "missed", "\u0000\uffff", "{}"))
+                for (String word : List.of("", "\n", "visits", "visits\n", "messages\nx y", "messages\n1", "missed",
+                        "\u0000\uffff", "{}"))
                     jedis.publish("threefold:events", word);
                 viewer.awaits(board.say("a", "still told").expect(201));
                 long visit = board.visits();
@@ -361,7 +388,8 @@ class StoresTest {
         }
 
         @Test void with_an_odd_counter_ends_no_thread() throws Exception {
-            try (Jedis jedis = in(6); Instance board = new Instance("odd", with(Servers.newDatabase(), "REDIS_DB", "6"));
+            try (Jedis jedis = in(6); Instance board = new Instance("odd",
+                    with(Servers.newDatabase(), "REDIS_DB", "6"));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
                 board.awaitReady();
                 jedis.hset("{visits:total}:by-instance", "odd", "many");
@@ -377,7 +405,8 @@ class StoresTest {
         @Test void whose_certificate_is_unknown_is_not_used() throws Exception {
             try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("wary",
                     with(Servers.newDatabase(), "REDIS_PORT", "" + cable.port(), "REDIS_TLS", "true"))) {
-                assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull(), "a plain Redis is no TLS server");
+                assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull(),
+                        "a plain Redis is no TLS server");
             }
         }
     }

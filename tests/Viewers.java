@@ -26,7 +26,8 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * acknowledged, in the order of the events' ids, none twice.
  *
  * <p>{@code java Viewers.java HOST PORT RATE VIEWERS} writes RATE messages a second, if it can, until standard input
- * ends or says a line (`v1` at the end: some instances are of the first version); then it prints `name=value` words and, for each thing that is wrong, a line. JDK 21, nothing else.
+ * ends or says a line (`v1` at the end: some instances are of the first version); then it prints `name=value` words
+ * and, for each thing that is wrong, a line. JDK 21, nothing else.
  */
 public final class Viewers {
     private static final int WRITERS = 64, SILENCE_MILLIS = 20_000, PATIENCE_SECONDS = 30;
@@ -50,7 +51,8 @@ public final class Viewers {
     public static void main(String[] args) throws Exception {
         Security.setProperty("networkaddress.cache.ttl", "0");
         Security.setProperty("networkaddress.cache.negative.ttl", "0");
-        new Viewers(args[0], Integer.parseInt(args[1]), List.of(args).contains("v1")).run(Integer.parseInt(args[2]), Integer.parseInt(args[3]));
+        new Viewers(args[0], Integer.parseInt(args[1]), List.of(args).contains("v1"))
+                .run(Integer.parseInt(args[2]), Integer.parseInt(args[3]));
     }
 
     private void run(int rate, int count) throws Exception {
@@ -87,7 +89,8 @@ public final class Viewers {
             for (long now; (now = System.nanoTime()) < due; ) LockSupport.parkNanos(due - now);
             HttpRequest request = HttpRequest.newBuilder(URI.create("http://" + host + ':' + port + "/api/messages"))
                     .timeout(Duration.ofSeconds(10)).header("Content-Type", "application/json")
-                    .header("Idempotency-Key", "viewers-" + began + '-' + turn).POST(HttpRequest.BodyPublishers.ofString(
+                    .header("Idempotency-Key", "viewers-" + began + '-' + turn)
+                            .POST(HttpRequest.BodyPublishers.ofString(
                             "{\"author\":\"test-failover\",\"body\":\"for the viewers, " + turn + "\"}")).build();
             while (!sent(request)) {
                 refused.incrementAndGet();
@@ -100,7 +103,8 @@ public final class Viewers {
         try {
             HttpResponse<String> answer = http.send(request, HttpResponse.BodyHandlers.ofString());
             Matcher id = ID.matcher(answer.body());
-            return answer.statusCode() / 100 == 2 && id.find() && (acknowledged.add(Long.parseLong(id.group(1))) || true);
+            return answer.statusCode() / 100 == 2 && id.find()
+                    && (acknowledged.add(Long.parseLong(id.group(1))) || true);
         } catch (IOException e) {
             return false;
         } catch (InterruptedException e) { throw new IllegalStateException(e); }
@@ -177,7 +181,8 @@ public final class Viewers {
             } else if (!place.matches()) wrong.add("an event with the id " + id);
             else {
                 if (!last.isEmpty() && !isAfter(place, last)) wrong.add(id + " was told after " + last);
-                if (!told.add(Long.parseLong(message.group(1)))) wrong.add("message " + message.group(1) + " was told twice");
+                if (!told.add(Long.parseLong(message.group(1)))) wrong.add("message " + message.group(1)
+                        + " was told twice");
                 last = id;
             }
         }
