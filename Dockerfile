@@ -1,5 +1,6 @@
 # syntax is left to the engine's own BuildKit: a `# syntax=` line would need a registry.
-# Build in the JBang image, run in a lean one: what runs needs no network, no compiler and no JBang. Java 21, since JBang
+# Build in the JBang image, run in a lean one: what runs needs no network, no compiler and no JBang. Java 21, since
+# JBang
 # has no image with a newer long-term release: 25, with the same flags, saved at most 5 % of a request's processor
 # time and took 9 MB more.
 ARG JBANG_IMAGE=jbangdev/jbang:0.132.1-java-21
@@ -47,7 +48,8 @@ COPY <<'EOF_OPTIONS' java.options
 -XX:ReservedCodeCacheSize=24m
 # One small heap, two cores at most: the collector without threads and tables of its own.
 -XX:+UseSerialGC
-# Pages of 2 MB for heap and compiled code, where the kernel gives them to those who ask (Linux does by default). Instances
+# Pages of 2 MB for heap and compiled code, where the kernel gives them to those who ask (Linux does by default).
+# Instances
 # that take turns on few processors find their caches cold each time: with six on two, a request takes 5 to 11 % less
 # processor time of an instance.
 -XX:+UseTransparentHugePages
@@ -68,7 +70,8 @@ COPY <<'EOF_OPTIONS' java.options
 -Xlog:disable
 -Xlog:all=error:stderr
 -Djdk.console=java.base
-# XNIO, below Undertow, makes itself known to JMX, which nobody asks here: to start JMX's server takes a sixth of our start.
+# XNIO, below Undertow, makes itself known to JMX, which nobody asks here: to start JMX's server takes a sixth of our
+# start.
 # This is no class that could build that server, so XNIO goes without; what /metrics tells of the JVM needs no server.
 -Djavax.management.builder.initial=java.lang.Object
 EOF_OPTIONS

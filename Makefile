@@ -96,7 +96,7 @@ test-failover: ## kills, stops, hangs parts under load; checks that nothing is l
 	@tests/failover $(CASE)
 
 .PHONY: test-upgrade
-test-upgrade: ## from the first version to this one in place, under load; checks that nothing is lost, doubled or refused
+test-upgrade: ## from the first version to this one in place, under load: nothing is lost, doubled or refused
 	@tests/upgrade
 
 .PHONY: test-browser
