@@ -333,7 +333,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
     private record Env(Map<String, String> values) {
         private static final Pattern ADDRESS =
-                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
+                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
 
         static Env of(Map<String, String> environment) {
             Map<String, String> values = new HashMap<>(environment);
@@ -1533,6 +1533,7 @@ final class Counters implements AutoCloseable {
         try (Jedis redis = new Jedis(connections().getConnection())) {
             redis.ping();
             if (!health.isUp()) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+            if (!health.isUp()) pings = 0; // while Redis was away, nobody could be heard of
             if (pings++ % PINGS_A_BEAT == 0) redis.eval(BEAT, List.of(BY_INSTANCE, BEATS),
                     List.of(instance, pings < PINGS_A_MINUTE ? "new" : "settled"));
         }
@@ -1609,7 +1610,11 @@ final class Events implements AutoCloseable {
         if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
         exchange.setPersistent(false); // a stream ends with its connection
         exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE).put(Headers.CACHE_CONTROL, "no-store");
-        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> viewers.add(new Viewer(exchange, last)));
+        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
+            Viewer viewer = new Viewer(exchange, last);
+            viewers.add(viewer);
+            viewer.pump();
+        });
     }
 
     /** One event as bytes. The data has no line ends: it is JSON of one line. */
@@ -1725,7 +1730,6 @@ final class Events implements AutoCloseable {
             this.sink = exchange.getResponseChannel();
             sink.getWriteSetter().set(channel -> pump());
             exchange.getConnection().addCloseListener(connection -> leave());
-            pump();
         }
 
         void wake() {

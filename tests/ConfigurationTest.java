@@ -205,7 +205,7 @@ class ConfigurationTest {
 
         @Test void may_be_several() throws Exception {
             assertEquals("[db1:5432, db2:5433, ::1:5432]",
-                    config("DB_HOST", "db1,db2:5433,[::1]").postgres().hosts().toString());
+                    config("DB_HOST", "db1,db2:5433,::1").postgres().hosts().toString());
             assertEquals("threefold", config("REDIS_SENTINELS", "s1,s2,s3:1").redis().master());
         }
 

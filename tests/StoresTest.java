@@ -73,6 +73,7 @@ class StoresTest {
         @Test void that_refuses_the_password_is_not_asked_ten_times_a_second() throws Exception {
             try (Cable cable = new Cable(Servers.databasePort()); Instance board = new Instance("guessing",
                     with(Servers.newDatabase(), "DB_PORT", "" + cable.port(), "DB_PASS", "wrong"))) {
+                board.say("a", "nobody lets it in").unavailable();
                 Wait.until("it was asked", () -> cable.accepted() > 0);
                 int before = cable.accepted();
                 Thread.sleep(3_000);
@@ -364,7 +365,9 @@ class StoresTest {
                 long now = Long.parseLong(jedis.time().getFirst());
                 jedis.hset("{visits:total}:beats", Map.of("gone1", "" + (now - 61), "here", "" + (now - 30)));
                 Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
-                Counters counters = new Counters(config, new Dependency("redis"));
+                Dependency health = new Dependency("redis");
+                health.passed();
+                Counters counters = new Counters(config, health);
                 for (int i = 0; i < 121; i++) counters.ping(); // a minute
                 assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read(true).byInstance());
                 assertEquals(20, counters.read(true).total());
