@@ -614,8 +614,6 @@ record Draft(String author, String body) {
             return;
         }
         if (text.indexOf('\0') >= 0) throw Problem.badRequest(field + " holds a NUL character");
-        if (text.codePoints().anyMatch(c -> c >= Character.MIN_SURROGATE && c <= Character.MAX_SURROGATE))
-            throw Problem.badRequest(field + " holds half of a surrogate pair, which is no character");
         String stripped = text.strip();
         int length = stripped.codePointCount(0, stripped.length());
         if (length == 0) errors.put(field, field + " is empty");
@@ -1945,10 +1943,9 @@ final class Http implements AutoCloseable {
             built.start();
             server = built;
         } catch (RuntimeException e) {
-            throw new Config.Invalid("PORT=\"%d\" cannot be used on HOST=\"%s\": it needs an address of this "
-                    + "machine and a"
-                    .formatted(config.port(), config.host()) + " port that is free and allowed (" + Log.reason(e)
-                            + ")");
+            throw new Config.Invalid("PORT=\"" + config.port() + "\" cannot be used on HOST=\"" + config.host()
+                    + "\": it needs an address of this machine and a port that is free and allowed ("
+                    + Log.reason(e) + ")");
         }
     }
 
