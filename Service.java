@@ -171,7 +171,8 @@ public final class Service implements AutoCloseable {
         following = batcher("events", messages::following);
         events = new Events(counters, following, held, metrics);
         http = new Http(config, held, metrics);
-        routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics).routes();
+        routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics,
+                new HtmlPage()).routes();
         watchGauges();
     }
 
@@ -333,7 +334,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
     private record Env(Map<String, String> values) {
         private static final Pattern ADDRESS =
-                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
+                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)"
+                        + "(?::([0-9]{1,5}))?");
 
         static Env of(Map<String, String> environment) {
             Map<String, String> values = new HashMap<>(environment);
@@ -411,41 +413,16 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 record Route(String method, String path, HttpHandler handler) {}
 
 /** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
-final class Api {
+record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
+           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Dependency postgres,
+           Dependency redis, Metrics metrics, HtmlPage page) {
     private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
     private static final String OPENAPI = Service.resource("/openapi.json");
 
-    private final Config config;
-    private final Http http;
-    private final Batcher<Void, Long> visits;
-    private final Batcher<Void, Counts> counts;
-    private final Batcher<Write, Saved> writes;
-    private final Batcher<PageQuery, MessagePage> reads;
-    private final Events events;
-    private final Dependency postgres, redis;
-    private final Metrics metrics;
-    private final HtmlPage page = new HtmlPage();
-    private final String healthy;
-
-    Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
-        Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Dependency postgres,
-        Dependency redis, Metrics metrics) {
-        this.config = config;
-        this.http = http;
-        this.visits = visits;
-        this.counts = counts;
-        this.writes = writes;
-        this.reads = reads;
-        this.events = events;
-        this.postgres = postgres;
-        this.redis = redis;
-        this.metrics = metrics;
-        this.healthy = Json.object("status", "ok", "instance", config.instance());
-    }
-
     List<Route> routes() {
+        String healthy = Json.object("status", "ok", "instance", config.instance());
         return List.of(
                 new Route("GET", "/", this::visit),
                 new Route("GET", "/api/visits", this::visits),
@@ -453,10 +430,10 @@ final class Api {
                 new Route("GET", "/api/messages", this::listMessages),
                 new Route("GET", "/api/messages/{id}", this::oneMessage),
                 new Route("GET", "/api/events", this::events),
-                new Route("GET", "/healthz", this::healthz),
+                new Route("GET", "/healthz", exchange -> http.sendJson(exchange, 200, healthy)),
                 new Route("GET", "/readyz", this::readyz),
                 new Route("GET", "/metrics", this::metrics),
-                new Route("GET", "/openapi.json", this::openapi));
+                new Route("GET", "/openapi.json", exchange -> http.sendJson(exchange, 200, OPENAPI)));
     }
 
     private void visit(HttpServerExchange exchange) {
@@ -551,8 +528,6 @@ final class Api {
         events.join(exchange, last != null ? last : after == null ? "" : after.getLast());
     }
 
-    private void healthz(HttpServerExchange exchange) { http.sendJson(exchange, 200, healthy); }
-
     private void readyz(HttpServerExchange exchange) {
         boolean ready = postgres.isUp() && !http.isDraining();
         String status = http.isDraining() ? "draining" : !postgres.isUp() ? "unavailable"
@@ -568,8 +543,6 @@ final class Api {
         exchange.dispatch(ex -> http.guarded(ex,
                 () -> http.send(ex, 200, PrometheusTextFormatWriter.CONTENT_TYPE, metrics.text())));
     }
-
-    private void openapi(HttpServerExchange exchange) { http.sendJson(exchange, 200, OPENAPI); }
 
     private static PageQuery pageQuery(HttpServerExchange exchange) {
         return new PageQuery(parameter(exchange, "before", Long.MAX_VALUE, Long.MAX_VALUE),

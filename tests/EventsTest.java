@@ -152,6 +152,27 @@ class EventsTest {
             }
         }
 
+        /** Ids are given out before the commit; who began first may get the higher one. */
+        @Test void is_told_in_the_order_of_transactions_and_not_of_ids() throws Exception {
+            String database = Servers.newDatabase();
+            String insert = "INSERT INTO messages (author, body, instance, request_key) VALUES ";
+            try (Instance board = new Instance("order", Servers.environment(database))) {
+                board.say("a", "the first").expect(201);
+                try (Connection early = Servers.connect(database); Statement work = early.createStatement()) {
+                    early.setAutoCommit(false);
+                    work.execute("SELECT pg_current_xact_id()");
+                    Servers.sql(database, insert + "('a', 'began later', 'x', 'later')");
+                    work.execute(insert + "('a', 'began earlier', 'x', 'earlier')");
+                    early.commit();
+                }
+                try (Viewer viewer = new Viewer(board, "?after=0")) {
+                    Wait.until("all three are told", () -> viewer.ids().size() == 3);
+                    viewer.checkInTurn();
+                    assertTrue(viewer.ids().get(1) > viewer.ids().get(2), "who began earlier first: " + viewer.ids());
+                }
+            }
+        }
+
         @Test void is_told_once_of_a_message_sent_twice_under_one_key() throws Exception {
             try (Viewer viewer = new Viewer(Servers.one(), "")) {
                 String key = MessagesTest.An_idempotency_key.key();
