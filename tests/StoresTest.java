@@ -10,12 +10,18 @@ import org.junit.jupiter.params.provider.ValueSource;
 import redis.clients.jedis.Jedis;
 
 import java.io.IOException;
+import java.net.ServerSocket;
+import java.net.Socket;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.security.KeyStore;
+import java.time.Duration;
 import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import javax.net.ssl.KeyManagerFactory;
+import javax.net.ssl.SSLContext;
 
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertFalse;
@@ -405,12 +411,56 @@ class StoresTest {
             }
         }
 
-        @Test void whose_certificate_is_unknown_is_not_used() throws Exception {
-            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("wary",
-                    with(Servers.newDatabase(), "REDIS_PORT", "" + cable.port(), "REDIS_TLS", "true"))) {
-                assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull(),
-                        "a plain Redis is no TLS server");
+        /** A Redis behind TLS, as managed ones are; whom to trust is Java's own setting. */
+        @ParameterizedTest @CsvSource({"localhost,true", "127.0.0.1,false"})
+        void with_TLS_is_used_if_its_certificate_is_for_its_name(String host, boolean good) throws Exception {
+            A_PostgreSQL_with_TLS.certificates();
+            Path folder = Servers.FOLDER.resolve("tls"), trust = folder.resolve("trust.p12"), own = folder.resolve("own.p12");
+            A_PostgreSQL_with_TLS.run("openssl", "pkcs12", "-export", "-in", "server.crt", "-inkey", "server.key",
+                    "-out", own.toString(), "-passout", "pass:secret");
+            Files.deleteIfExists(trust);
+            A_PostgreSQL_with_TLS.run(System.getProperty("java.home") + "/bin/keytool", "-importcert", "-noprompt",
+                    "-alias", "ca", "-file", "ca.crt", "-keystore", trust.toString(), "-storepass", "secret");
+            try (TlsFront front = new TlsFront(own, Servers.redisPort()); Program board = Program.java(with(
+                    Servers.newDatabase(), "REDIS_HOST", host, "REDIS_PORT", "" + front.port(), "REDIS_TLS", "true",
+                    "JAVA_TOOL_OPTIONS", "-Djavax.net.ssl.trustStore=" + trust
+                            + " -Djavax.net.ssl.trustStorePassword=secret"))) {
+                Wait.until("it serves", Duration.ofSeconds(20), () -> board.get("/readyz").status() == 200);
+                if (good) board.awaitReady();
+                assertEquals(good, !board.get("/").expect(200).json().get("visits").isJsonNull());
             }
         }
+    }
+
+    /** Takes TLS and passes on what is in it. */
+    private static final class TlsFront implements AutoCloseable {
+        private final ServerSocket entry;
+
+        TlsFront(Path keys, int target) throws Exception {
+            KeyStore store = KeyStore.getInstance(keys.toFile(), "secret".toCharArray());
+            KeyManagerFactory managers = KeyManagerFactory.getInstance(KeyManagerFactory.getDefaultAlgorithm());
+            managers.init(store, "secret".toCharArray());
+            SSLContext context = SSLContext.getInstance("TLS");
+            context.init(managers.getKeyManagers(), null, null);
+            entry = context.getServerSocketFactory().createServerSocket(0);
+            Thread.ofVirtual().start(() -> {
+                while (!entry.isClosed())
+                    try {
+                        Socket here = entry.accept(), there = new Socket("127.0.0.1", target);
+                        Thread.ofVirtual().start(() -> pass(here, there));
+                        Thread.ofVirtual().start(() -> pass(there, here));
+                    } catch (IOException e) { /* it is closed, or somebody went away */ }
+            });
+        }
+
+        int port() { return entry.getLocalPort(); }
+
+        private static void pass(Socket from, Socket to) {
+            try (from; to) {
+                from.getInputStream().transferTo(to.getOutputStream());
+            } catch (IOException e) { /* it ended */ }
+        }
+
+        @Override public void close() throws IOException { entry.close(); }
     }
 }

@@ -164,6 +164,16 @@ check_nginx_errors() {
   summary="400, 405, 413, 431; 404 for seven ways to write /metrics; HTTP/1.0 without a Host is served"
 }
 
+# As POSTGRES_IMAGE=postgres:18 finds what 17 has left.
+check_other_version() {
+  local said
+  mkdir -p "$WORK/volume/17/docker" && echo 17 >"$WORK/volume/17/docker/PG_VERSION" && chmod -R a+rwX "$WORK"
+  said=$(docker compose run --rm --no-deps -T --volume "$WORK/volume:/var/lib/postgresql" postgres 2>&1) || true
+  grep -q 'POSTGRES_IMAGE.*holds data of 17' <<<"$said" && [ "$(ls "$WORK/volume")" = 17 ] ||
+    { say "expected that it names the version of the volume and leaves it, saw:"; say "$said" | tail -n 5; return 1; }
+  summary="refused, and left as it is"
+}
+
 # exchange: sends standard input to nginx as it is, and prints what comes back
 exchange() {
   local address=${URL#http://}
