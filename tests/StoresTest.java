@@ -415,7 +415,8 @@ class StoresTest {
         @ParameterizedTest @CsvSource({"localhost,true", "127.0.0.1,false"})
         void with_TLS_is_used_if_its_certificate_is_for_its_name(String host, boolean good) throws Exception {
             A_PostgreSQL_with_TLS.certificates();
-            Path folder = Servers.FOLDER.resolve("tls"), trust = folder.resolve("trust.p12"), own = folder.resolve("own.p12");
+            Path folder = Servers.FOLDER.resolve("tls");
+            Path trust = folder.resolve("trust.p12"), own = folder.resolve("own.p12");
             A_PostgreSQL_with_TLS.run("openssl", "pkcs12", "-export", "-in", "server.crt", "-inkey", "server.key",
                     "-out", own.toString(), "-passout", "pass:secret");
             Files.deleteIfExists(trust);
