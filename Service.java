@@ -1462,7 +1462,7 @@ final class Counters implements AutoCloseable {
             it refuses for good. */
     private static boolean isLost(JedisException e) {
         return e instanceof JedisConnectionException || e.getMessage() != null
-                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::startsWith);
+                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::contains);
     }
 
     /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */

@@ -326,8 +326,12 @@ class StoresTest {
                     board.awaitReady();
                     jedis.replicaof("127.0.0.1", 1);
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
-                    Wait.until("it is", () -> board.get("/").status() == 200
-                            && Evidence.all().toString().contains("READONLY"));
+                    Wait.until("it is", Duration.ofSeconds(1),
+                            () -> board.get("/readyz").text("status").equals("degraded"));
+                    for (int i = 0; i < 20; i++) {
+                        assertEquals("degraded", board.get("/readyz").expect(200).text("status"), "and stays so");
+                        Thread.sleep(20);
+                    }
                     jedis.replicaofNoOne();
                     Wait.until("it counts again", Wait.PROMISED, () -> !board.get("/").json().get("visits")
                             .isJsonNull());
