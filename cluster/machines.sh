@@ -46,9 +46,8 @@ remove_network() {
   ip link delete "$BRIDGE" 2>/dev/null || true
 }
 
-# plug NAME LAST-BYTE: a network namespace, with an address on the bridge
+# plug NAME LAST-BYTE: gives a network namespace an address on the bridge
 plug() {
-  ip netns add "$1"
   ip link add "tf-$2" type veth peer name eth0 netns "$1"
   ip link set "tf-$2" master "$BRIDGE" up
   ip -n "$1" address add "$SUBNET.$2/24" dev eth0
@@ -70,6 +69,7 @@ power_on() {
   local name run=$RUN_DIR/$1 data=$DATA_DIR/$1
   name=$(machine "$1")
   mkdir -p "$run" "$data"
+  ip netns add "$name"
   plug "$name" "1$1"
   setsid nsenter --net="/run/netns/$name" unshare --mount --uts --pid --fork --mount-proc --kill-child=KILL sh -c "
     hostname $name
