@@ -341,6 +341,7 @@ public final class Load {
         private final long began = now();
         private int posts, visits, reads, good, stored;
         private long slowest, lastGood = began, longestGap, lastBad;
+        private long lastStored = began, withoutStoring, lastTold = began, withoutCounting;
         int visitsTried, visitsTold;
         volatile long marked = Long.MAX_VALUE;
         long ended;
@@ -370,9 +371,19 @@ public final class Load {
 
         synchronized int good() { return good; }
         synchronized int acknowledged() { return stored + visitsTold; }
-        synchronized void messageStored() { stored++; }
+
+        synchronized void messageStored() {
+            stored++;
+            withoutStoring = Math.max(withoutStoring, now() - lastStored);
+            lastStored = now();
+        }
         synchronized void failed(Request request, String how) { failures.add(request + " at " + how); }
-        synchronized void visitTold() { visitsTold++; }
+        synchronized void visitTold() {
+            visitsTold++;
+            withoutCounting = Math.max(withoutCounting, now() - lastTold);
+            lastTold = now();
+        }
+
         synchronized void countingError(String error) { countingErrors.add(error); }
 
         /** How many different instances did. */
@@ -387,7 +398,9 @@ public final class Load {
             return "sent=" + (posts + visits + reads) + " posts=" + posts + " visits=" + visits + " reads=" + reads
                     + " rate=" + (posts + visits + reads) * 1000L / Math.max(1, ended - began)
                     + " outcomes=" + answers + " failed=" + failures.size() + " slowest=" + slowest
-                    + " gap=" + Math.max(longestGap, ended - lastGood) + (marked > ended ? "" : " back=" + back);
+                    + " gap=" + Math.max(longestGap, ended - lastGood)
+                    + " without-storing=" + Math.max(withoutStoring, ended - lastStored)
+                    + " without-counting=" + Math.max(withoutCounting, ended - lastTold) + (marked > ended ? "" : " back=" + back);
         }
 
         String details() { return Findings.lines("failed", failures); }
