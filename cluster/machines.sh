@@ -38,7 +38,8 @@ make_network() {
   ip address replace "$SUBNET.1/24" dev "$BRIDGE"
   ip link set "$BRIDGE" up
   # Where another Docker runs, what crosses a bridge is dropped.
-  iptables -w -C FORWARD -i "$BRIDGE" -o "$BRIDGE" -j ACCEPT 2>/dev/null || iptables -w -I FORWARD -i "$BRIDGE" -o "$BRIDGE" -j ACCEPT
+  iptables -w -C FORWARD -i "$BRIDGE" -o "$BRIDGE" -j ACCEPT 2>/dev/null ||
+    iptables -w -I FORWARD -i "$BRIDGE" -o "$BRIDGE" -j ACCEPT
 }
 
 remove_network() {
@@ -107,4 +108,72 @@ serves() { curl -fsS -m 3 -o /dev/null "http://$(address "$1"):$PORT/readyz" 2>/
 all_serve() { local n; for n in $MACHINES; do serves "$n" || return 1; done; }
 
 # tasks: what the Swarm has of it, a line each: service, machine, state
-tasks() { on "$(manager)" stack ps threefold --filter desired-state=running --format '{{.Name}} {{.Node}} {{.CurrentState}} {{.Error}}'; }
+tasks() {
+  on "$(manager)" stack ps threefold --filter desired-state=running \
+    --format '{{.Name}} {{.Node}} {{.CurrentState}} {{.Error}}'
+}
+
+# --- What is asked of the machines -----------------------------------------------------------------------------------
+
+container() { on "$1" ps --quiet --filter "name=threefold_$2" | head -n 1; }
+within()    { local n=$1 service=$2; shift 2; on "$n" exec "$(container "$n" "$service")" "$@"; }
+patroni()   { curl -fsS -m 2 -o /dev/null "http://$(address "$1"):8008/$2" 2>/dev/null; }
+# shellcheck disable=SC2016 # expanded in the container
+redis() {
+  local n=$1; shift
+  within "$n" redis sh -c 'REDISCLI_AUTH=$(cat /run/secrets/redis_pass) redis-cli --raw "$@"' -- "$@"
+}
+
+postgres_primary() {
+  local n
+  for n in $MACHINES; do if patroni "$n" primary; then say "$n"; return; fi; done
+  return 1
+}
+redis_primary() {
+  local n
+  for n in $MACHINES; do if redis "$n" role 2>/dev/null | grep -qx master; then say "$n"; return; fi; done
+  return 1
+}
+swarm_leader() {
+  on "$(manager)" node ls --format '{{.ManagerStatus}} {{.Hostname}}' |
+    awk '$1 == "Leader" { sub(/.*-/, "", $2); print $2 }'
+}
+others()           { local n; for n in $MACHINES; do [ "$n" = "$1" ] || printf '%s ' "$n"; done; }
+
+# whole: three machines that serve, two copies of everything
+whole() {
+  local n p
+  for n in $MACHINES; do serves "$n" && patroni "$n" readiness || return 1; done
+  p=$(redis_primary) && redis "$p" info replication | tr -d '\r' | grep -qx connected_slaves:2 || return 1
+  within "$p" sentinel redis-cli -p 26379 sentinel ckquorum threefold 2>/dev/null | grep -q '^OK 3' || return 1
+  p=$(postgres_primary) && within "$p" postgres psql -qAtX \
+    -c "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum'" | grep -qx 2 || return 1
+  p=$(manager) && on "$p" node ls --format '{{.Status}} {{.Availability}} {{.ManagerStatus}}' |
+    grep -c '^Ready Active \(Leader\|Reachable\)$' | grep -qx 3 || return 1
+  on "$p" service ls --format '{{.Replicas}}' | grep -c '^3/3' | grep -qx 6
+}
+
+# gather N: both primaries on this machine
+gather() {
+  local from
+  from=$(postgres_primary)
+  [ "$from" = "$1" ] || within "$from" postgres start switchover "$(address "$1")" || return 1
+  wait_for 30 patroni "$1" primary || return 1
+  redis_primary_to "$1"
+}
+redis_leads() { [ "$(redis_primary)" = "$1" ]; }
+redis_primary_to() {
+  local n
+  [ "$(redis_primary)" != "$1" ] || return 0
+  for n in $MACHINES; do redis "$n" config set replica-priority 100 >/dev/null; done
+  redis "$1" config set replica-priority 1 >/dev/null
+  sleep 2
+  within "$1" sentinel redis-cli -p 26379 sentinel failover threefold >/dev/null
+  wait_for 30 redis_leads "$1" || return 1
+  redis "$1" config set replica-priority 100 >/dev/null
+}
+
+# spread: an instance on each machine again. The Swarm moves none back by itself to a machine that has returned.
+spread() { local n; for n in $MACHINES; do [ -n "$(container "$n" web)" ] || { update web; return; }; done; }
+
+update() { on "$(manager)" service update --force --quiet "threefold_$1"; }
