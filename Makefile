@@ -111,6 +111,25 @@ test-docs: ## runs the commands of README.md and docs/
 bench: ## measures against what the machine can do (QUICK=1: under two minutes)
 	@tests/bench/run
 
+##@ Three machines (docs/cluster.md)
+
+.PHONY: cluster-up
+cluster-up: ## three machines inside this one, and the stack on a Swarm of them (Linux, as root)
+	@cluster/up
+
+.PHONY: cluster-down
+cluster-down: ## …and all of it is gone, the data too
+	@cluster/down
+
+.PHONY: test-cluster
+test-cluster: ## takes these machines away under load; checks that nothing is lost, doubled or refused (CASE=…)
+	@tests/cluster $(CASE)
+
+.PHONY: test-kubernetes
+test-kubernetes: ## builds cluster/kubernetes and checks each field against the schema of the API
+	@if command -v kubectl >/dev/null; then kubectl kustomize cluster/kubernetes; else kustomize build cluster/kubernetes; fi | \
+	  ./jbang tests/Kubernetes.java
+
 ##@ Without Docker, and data
 
 .PHONY: run

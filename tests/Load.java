@@ -69,9 +69,11 @@ public final class Load {
     private String command(String[] words) throws Exception {
         return switch (words[0]) {
             case "hello"       -> "hello";
+            case "via"         -> via(words);           // from now on through these hosts
             case "start"       -> start(words[1], Mode.valueOf(words[2]));
             case "mark"        -> mark();               // what was broken is well again: measure from here
             case "seen"        -> "instances=" + tally.answeredSince(now() - 1_000);
+            case "count"       -> "acknowledged=" + tally.acknowledged(); // what nobody may lose, so far
             case "stop"        -> stop();
             case "everything"  -> everything();         // what the whole run stored, read back once more
             case "direct"      -> direct(words[1]);     // ask an instance without nginx, while it leaves
@@ -91,7 +93,7 @@ public final class Load {
     /** A dozen clients with a request each 30 ms: 400 a second. */
     private static final int CLIENTS = 12, PERIOD_MILLIS = 30;
     /** How long a client waits for one answer, and how long it goes on repeating one request. */
-    private static final int READ_MILLIS = 10_000, PATIENCE_MILLIS = 20_000;
+    private static final int READ_MILLIS = 10_000, PATIENCE_MILLIS = Integer.getInteger("patience", 20) * 1_000;
     private static final String AUTHOR = "test-failover";
     /** Outside ASCII, so that text damaged on the way is text lost. */
     private static final String TAIL = " \u00fc\u2603";
@@ -106,8 +108,10 @@ public final class Load {
         repeat
     }
 
-    private final String host, run;
+    private final String run;
     private final int port;
+    private String host;              // or several, joined by commas: who finds one closed takes the next
+    private List<String> sides;       // what `host` is for the first client, for the second, and so on in turns
     private final Ledger ledger = new Ledger();
     private final List<Client> clients = new ArrayList<>();
     private final StallWatch stalls = new StallWatch();
@@ -118,9 +122,17 @@ public final class Load {
 
     private Load(String host, int port, String run) {
         this.host = host;
+        this.sides = List.of(host);
         this.port = port;
         this.run = run;
         stalls.start();
+    }
+
+    /** Hosts, joined by commas, or several such lists: then each client belongs to one side. */
+    private String via(String[] words) {
+        sides = List.of(words).subList(1, words.length);
+        host = sides.getFirst();
+        return "via=" + host;
     }
 
     // --------------------------------------------------------------------------------------------------- Load
@@ -199,7 +211,8 @@ public final class Load {
             // Without repeats every second client has no key; with them every fourth, and that one doesn't repeat.
             keyless = number % (tally.mode == Mode.repeat ? 4 : 2) == 1;
             repeats = tally.mode == Mode.repeat && !keyless;
-            connection = new Connection(host, port, tally.mode == Mode.repeat ? 1_000 : READ_MILLIS);
+            int connectMillis = tally.mode == Mode.repeat || host.contains(",") ? 1_000 : READ_MILLIS;
+            connection = new Connection(sides.get(number % sides.size()), port, connectMillis);
         }
 
         @Override public void run() {
@@ -230,6 +243,7 @@ public final class Load {
                 tally.failed(request, "answered with another message: " + answer.body);
                 return;
             }
+            tally.messageStored();
             ownMessage = Long.parseLong(stored.group(1));
             ownText = text;
             ledger.acknowledged.put(text, ownMessage);
@@ -325,8 +339,9 @@ public final class Load {
         private final Map<String, Long> lastAnswerOf = new TreeMap<>();
         private final List<String> failures = new ArrayList<>(), countingErrors = new ArrayList<>();
         private final long began = now();
-        private int posts, visits, reads, good;
+        private int posts, visits, reads, good, stored;
         private long slowest, lastGood = began, longestGap, lastBad;
+        private long lastStored = began, withoutStoring, lastTold = began, withoutCounting;
         int visitsTried, visitsTold;
         volatile long marked = Long.MAX_VALUE;
         long ended;
@@ -355,8 +370,20 @@ public final class Load {
         }
 
         synchronized int good() { return good; }
+        synchronized int acknowledged() { return stored + visitsTold; }
+
+        synchronized void messageStored() {
+            stored++;
+            withoutStoring = Math.max(withoutStoring, now() - lastStored);
+            lastStored = now();
+        }
         synchronized void failed(Request request, String how) { failures.add(request + " at " + how); }
-        synchronized void visitTold() { visitsTold++; }
+        synchronized void visitTold() {
+            visitsTold++;
+            withoutCounting = Math.max(withoutCounting, now() - lastTold);
+            lastTold = now();
+        }
+
         synchronized void countingError(String error) { countingErrors.add(error); }
 
         /** How many different instances did. */
@@ -371,7 +398,9 @@ public final class Load {
             return "sent=" + (posts + visits + reads) + " posts=" + posts + " visits=" + visits + " reads=" + reads
                     + " rate=" + (posts + visits + reads) * 1000L / Math.max(1, ended - began)
                     + " outcomes=" + answers + " failed=" + failures.size() + " slowest=" + slowest
-                    + " gap=" + Math.max(longestGap, ended - lastGood) + (marked > ended ? "" : " back=" + back);
+                    + " gap=" + Math.max(longestGap, ended - lastGood)
+                    + " without-storing=" + Math.max(withoutStoring, ended - lastStored)
+                    + " without-counting=" + Math.max(withoutCounting, ended - lastTold) + (marked > ended ? "" : " back=" + back);
         }
 
         String details() { return Findings.lines("failed", failures); }
@@ -736,21 +765,39 @@ public final class Load {
         boolean closes() { return header("connection").equalsIgnoreCase("close"); }
     }
 
-    /** One connection, opened when needed; what happens on it is told to the caller and never mended here. */
+    /**
+     * One connection, opened when needed; what happens on it is told to the caller and never mended here. Only where
+     * there are several hosts, one that can't be connected to is passed over, as a browser does with several addresses.
+     */
     private static final class Connection {
-        private final String host;
+        private static final AtomicInteger TURNS = new AtomicInteger();
+        private final String[] hosts;
         private final int port, connectMillis;
+        private String host;
+        private int turn = TURNS.getAndIncrement();
         private Socket socket;
         private InputStream in;
 
-        Connection(String host, int port, int connectMillis) {
-            this.host = host;
+        Connection(String hosts, int port, int connectMillis) {
+            this.hosts = hosts.split(",");
+            this.host = this.hosts[turn % this.hosts.length];
             this.port = port;
             this.connectMillis = connectMillis;
         }
 
         void open() throws IOException {
             if (socket != null) return;
+            for (int left = hosts.length; ; host = hosts[++turn % hosts.length]) {
+                try {
+                    connect();
+                    return;
+                } catch (IOException e) {
+                    if (--left == 0) throw e;
+                }
+            }
+        }
+
+        private void connect() throws IOException {
             Socket opening = new Socket();
             try {
                 opening.connect(new InetSocketAddress(InetAddress.getByName(host), port), connectMillis);
