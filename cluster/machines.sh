@@ -84,6 +84,7 @@ power_on() {
 power_off() {
   local name pid
   name=$(machine "$1")
+  cut_off "$1" 2>/dev/null || true # first, so that the kernel says good-bye to nobody
   if pid=$(cat "$RUN_DIR/$1/pid" 2>/dev/null); then
     # (its child is the first process of the machine)
     pkill -KILL --parent "$pid" 2>/dev/null || true
