@@ -127,8 +127,8 @@ test-cluster: ## takes these machines away under load; checks that nothing is lo
 
 .PHONY: test-kubernetes
 test-kubernetes: ## builds cluster/kubernetes and checks each field against the schema of the API
-	@if command -v kubectl >/dev/null; then kubectl kustomize cluster/kubernetes; else kustomize build cluster/kubernetes; fi | \
-	  ./jbang tests/Kubernetes.java
+	@base=cluster/kubernetes; if command -v kubectl >/dev/null; then kubectl kustomize $$base; \
+	  else kustomize build $$base; fi | ./jbang tests/Kubernetes.java
 
 ##@ Without Docker, and data
 
