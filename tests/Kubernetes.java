@@ -72,14 +72,17 @@ public final class Kubernetes {
         selects("PodDisruptionBudget/web", labels, "spec", "selector", "matchLabels");
         at(pod, "spec", "topologySpreadConstraints").getAsJsonArray().forEach(constraint ->
                 selects("topologySpreadConstraints", at(constraint, "labelSelector", "matchLabels"), labels));
-        there("Deployment/" + at(objects.get("HorizontalPodAutoscaler/web"), "spec", "scaleTargetRef", "name").getAsString());
+        JsonObject scaler = objects.get("HorizontalPodAutoscaler/web");
+        there("Deployment/" + at(scaler, "spec", "scaleTargetRef", "name").getAsString());
         at(at(objects.get("Ingress/web"), "spec", "rules").getAsJsonArray().get(0), "http", "paths").getAsJsonArray()
                 .forEach(path -> there("Service/" + at(path, "backend", "service", "name").getAsString()));
         JsonElement container = at(pod, "spec", "containers").getAsJsonArray().get(0);
-        there("ConfigMap/" + at(at(container, "envFrom").getAsJsonArray().get(0), "configMapRef", "name").getAsString());
+        JsonElement from = at(container, "envFrom").getAsJsonArray().get(0);
+        there("ConfigMap/" + at(from, "configMapRef", "name").getAsString());
         String port = at(at(container, "ports").getAsJsonArray().get(0), "name").getAsString();
         for (String probe : List.of("startupProbe", "livenessProbe", "readinessProbe"))
-            if (!at(container, probe, "httpGet", "port").getAsString().equals(port)) wrong.add(probe + ": no such port");
+            if (!at(container, probe, "httpGet", "port").getAsString().equals(port))
+                wrong.add(probe + ": no such port");
     }
 
     private void selects(String name, JsonObject labels, String... path) {
@@ -87,7 +90,8 @@ public final class Kubernetes {
     }
 
     private void selects(String name, JsonElement selector, JsonObject labels) {
-        if (selector.getAsJsonObject().isEmpty() || !labels.entrySet().containsAll(selector.getAsJsonObject().entrySet()))
+        JsonObject wanted = selector.getAsJsonObject();
+        if (wanted.isEmpty() || !labels.entrySet().containsAll(wanted.entrySet()))
             wrong.add(name + ": expected a selector of the instances' labels " + labels + ", saw " + selector);
     }
 

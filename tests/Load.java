@@ -400,7 +400,8 @@ public final class Load {
                     + " outcomes=" + answers + " failed=" + failures.size() + " slowest=" + slowest
                     + " gap=" + Math.max(longestGap, ended - lastGood)
                     + " without-storing=" + Math.max(withoutStoring, ended - lastStored)
-                    + " without-counting=" + Math.max(withoutCounting, ended - lastTold) + (marked > ended ? "" : " back=" + back);
+                    + " without-counting=" + Math.max(withoutCounting, ended - lastTold)
+                    + (marked > ended ? "" : " back=" + back);
         }
 
         String details() { return Findings.lines("failed", failures); }
