@@ -71,21 +71,22 @@ readers() {
 
 # Directly at the instances, as many as they have places for, and through nginx; then others come and ask.
 check_slow_readers() {
-  local names=(web1 web2 web3 nginx) name before after most='' pids='' status slow=0 served=0 told=0 said began
+  local names=(web1 web2 web3 nginx) name before after most='' pids=() ids status slow=0 served=0 told=0 said began
   before=$(lives)
-  for name in web1 web2 web3; do readers "$inner" $name 1000 300; pids="$pids $!"; done
+  for name in web1 web2 web3; do readers "$inner" $name 1000 300; pids+=($!); done
   readers "$outer" nginx 600 600
-  pids="$pids $!"
+  pids+=($!)
+  mapfile -t ids < <(docker compose ps -q "${names[@]}")
   began=$SECONDS
   while [ $((SECONDS - began)) -lt 45 ]; do
-    most+=$(docker stats --no-stream --format '{{.Name}} {{.MemPerc}}' $(docker compose ps -q "${names[@]}"))$'\n'
+    most+=$(docker stats --no-stream --format '{{.Name}} {{.MemPerc}}' "${ids[@]}")$'\n'
     for path in /readyz / /api/visits '/api/messages?limit=1' '/api/messages?limit=20' /healthz; do
       said=$(curl -sS -m 5 -o /dev/null -w '%{http_code} %{time_total}' "$URL$path" 2>/dev/null) || true
       status=${said%% *}
       case $status in 2*) served=$((served + 1)) ;; 503 | 429) told=$((told + 1)) ;; *) slow=$((slow + 1)) ;; esac
     done
   done
-  wait $pids || true
+  wait "${pids[@]}" || true
   most=$(sort -k2 -g <<<"$most" | tail -n 1)
   eventually ready 200 ready
   after=$(lives)

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154 # sourced by tests/failover, whose variables these are
+# shellcheck shell=bash disable=SC2034,SC2154 # sourced by tests/failover, whose variables these are
 # --- What is done to the stack ----------------------------------------------------------------------------------------
 
 replace() { docker compose up --detach --no-deps --no-build --force-recreate --wait "$1"; }
