@@ -12,7 +12,7 @@ set format y "%'.0f"
 set border 1 linecolor rgb grey
 set grid ytics linecolor rgb grey linewidth 0.3
 set tics textcolor rgb grey nomirror scale 0
-set key textcolor rgb grey above left
+set key textcolor rgb grey below
 set title textcolor rgb grey
 set xlabel textcolor rgb grey
 set yrange [0:*]
@@ -24,11 +24,11 @@ lines(kind, name, from) = sprintf("< awk -F'\\t' -v OFS='\\t' '$1 == \"%s\" && $
                                   kind, name, from, data)
 
 if (picture eq 'throughput') {
-  set title 'Requests a second beside the limit; 64 connections, every commit and count on disk'
+  set title 'Requests a second beside the limit: 1 to 3 one instance, 4 to 6 nginx and three instances'
   set style data histograms
   set style histogram clustered gap 1
-  rows = sprintf("< awk -F'\\t' -v OFS='\\t' '$1 == \"row\" && $2 <= 6 && $3 !~ /^ / { print \"row \" $2, $4, $7 }' %s", \
-                 data)
+  rows = sprintf("< awk -F'\\t' -v OFS='\\t' '$1 == \"row\" && $2 <= 6 && $3 !~ /^ / " . \
+                 "{ print $2 \": \" substr($3, 1, index($3, \",\") - 1), $4, $7 }' %s", data)
   plot rows using 2:xtic(1) title 'measured' linecolor rgb blue, '' using 3 title 'limit' linecolor rgb grey
 }
 if (picture eq 'latency') {
@@ -53,7 +53,7 @@ if (picture eq 'pages') {
   set xlabel 'messages'
   set logscale x
   set format x "%'.0f"
-  set format y '%.1f'
+  set format y '%.2f'
   set style data linespoints
   plot lines('pages', 'newest', '$3, $4') title 'newest 20' lc rgb blue pt 7, \
        lines('pages', 'middle', '$3, $4') title '20 from the middle' lc rgb orange pt 7, \

@@ -68,8 +68,8 @@ instances() {
 # processors for six of them, nginx and the load, no number of instances would show. 64 connections for each.
 by_instances() {
   local unmetered=1 round n kind name ours theirs all=(web1-1 web2-1 web3-1 web-more-1 web-more-2 web-more-3)
-  progress "12  three more instances"
-  compose_up --no-recreate --scale web-more=3 web-more
+  progress "12  six instances"
+  COMPOSE_FILE=$COMPOSE_FILE:tests/bench/small.yml compose_up --scale web-more=3 web1 web2 web3 web-more
   instances 6
   quick || warm_up "front:visit front:post" "${all[@]}"
   share_of_each "$SHARE"
@@ -87,17 +87,13 @@ by_instances() {
     scaled $kind "$name" 3 1 "1 instance" 2.4
     scaled $kind "$name" 6 3 "3 instances" 1.7
   done
-  quiet docker compose kill web-more       # at once: nobody asks them any more
-  quiet docker compose rm --force web-more
-  share_of_each 1
-  instances 3
 }
 
 # share_of_each SHARE: of a processor, for each instance that runs
 share_of_each() {
   local ids
   mapfile -t ids < <(docker compose ps -q web1 web2 web3 web-more)
-  quiet docker update --cpus "$1" "${ids[@]}"
+  quiet docker update --cpu-quota "$(calc "$1 * 10000" 0)" "${ids[@]}"
 }
 
 # scaled KIND NAME MORE FEWER FEWER_IN_WORDS WANTED
@@ -135,7 +131,7 @@ start_time() {
 
 # How long it takes, and what visitors at half the top speed see in the first seconds after it.
 roll() {
-  local began seconds=$((LONG * 2)) top warm after
+  local unmetered=1 began seconds=$((LONG * 2)) top warm after
   progress "18  visits at half the top speed, before and after all three are replaced"
   top=$(rate front visit)
   warm=$(load front visit 64 "$seconds" "$(calc "$top / 2" 0)" | cut -d' ' -f4)

@@ -89,11 +89,12 @@ load() {
     mixed) path='/api/messages?limit=20' method=mixed; fill 1000 || return 1 ;;
     *) path=$kind ;;
   esac
-  before=$(meters)
+  before='' after=''
+  [ -n "${unmetered:-}" ] || before=$(meters)
   box $from wrk -t $threads -c "$connections" -d "${seconds}s" --timeout 5s -s /bench/load.lua \
     "http://$host:9999$path" -- $method "$TEXT" ${5:+"$(calc "$5 / $threads" 2)"} >"$WORK/wrk" 2>&1 ||
     { cat "$WORK/wrk" >&2; return 1; }
-  after=$(meters)
+  [ -n "${unmetered:-}" ] || after=$(meters)
   read -r _ good micros p50 p99 failed how < <(grep '^wrk' "$WORK/wrk") || { cat "$WORK/wrk" >&2; return 1; }
   [ "$failed" = 0 ] || keep_failure "$way" "$kind, $connections connections: $how" "$failed"
   [ "$connections" != 64 ] || [ -n "${5:-}" ] || [ -n "${unmetered:-}" ] ||
