@@ -78,12 +78,15 @@ COPY <<'EOF_OPTIONS' java.options
 EOF_OPTIONS
 # --- The archive of loaded classes: start the service once, without its dependencies, and write down what it loads.
 #     Only G1 can write objects into it as well, the modules' graph for one; the serial collector can read them.
-RUN echo "-cp /opt/threefold/service.jar:$(ls -d /opt/threefold/lib/*.jar | paste -sd:)" >> java.options \
+RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.jar | paste -sd:)" >> java.options \
  && (DB_HOST=127.0.0.1 DB_PORT=1 REDIS_HOST=127.0.0.1 REDIS_PORT=1 DRAIN_MILLIS=0 java/bin/java @java.options \
      -Xshare:off -XX:DumpLoadedClassList=/classes.list Service > /train.log & echo $! > /train.pid) \
- && for try in $(seq 600); do bash -c 'exec 3<>/dev/tcp/127.0.0.1/9999 && printf "GET /%s HTTP/1.1\r\nHost: a\r\nAccept: %s\r\nConnection: close\r\n\r\n" healthz text/html >&3 && cat <&3' 2>/dev/null && break; sleep 0.1; done \
+ && for _ in $(seq 600); do bash -c 'exec 3<>/dev/tcp/127.0.0.1/9999 && printf \
+      "GET /%s HTTP/1.1\r\nHost: a\r\nAccept: %s\r\nConnection: close\r\n\r\n" healthz text/html >&3 && cat <&3' \
+      2>/dev/null && break; sleep 0.1; done \
  && sleep 1 && kill "$(cat /train.pid)" && while kill -0 "$(cat /train.pid)" 2>/dev/null; do sleep 0.1; done \
- && java/bin/java @java.options -XX:-UseSerialGC -XX:+UseG1GC -Xshare:dump -XX:SharedClassListFile=/classes.list && ls -l service.jsa && du -sh java lib
+ && java/bin/java @java.options -XX:-UseSerialGC -XX:+UseG1GC -Xshare:dump -XX:SharedClassListFile=/classes.list \
+ && ls -l service.jsa && du -sh java lib
 
 FROM ${RUNTIME_IMAGE}
 WORKDIR /opt/threefold

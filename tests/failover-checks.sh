@@ -1,23 +1,28 @@
 # shellcheck shell=bash disable=SC2154 # sourced by tests/failover, whose variables these are
-# --- Cases without the usual load ----------------------------------------------------------------------------------------
+# --- Cases without the usual load -------------------------------------------------------------------------------------
 
 check_durable_settings() {
   local name saw bad=0 syncs messages=20
   while read -r name saw; do
     [ "$saw" = on ] || { say "PostgreSQL, as the service's user: expected $name on, saw $saw"; bad=1; }
-  done < <(as_service "SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes')")
+  done < <(as_service "SELECT name, setting FROM pg_settings
+    WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes')")
   while read -r name saw; do
     case "$name $saw" in "appendonly yes" | "appendfsync always") ;; *) say "Redis: saw $name $saw"; bad=1 ;; esac
   done < <(docker compose exec -T redis redis-cli --raw config get 'append[fo][sn][yl][ny]*' | paste -d ' ' - -)
   syncs=$(syncs_of_instances $messages)
   # Not quite as many: now and then the log's own writer happens to be first.
   [ "$syncs" -ge $((messages * 9 / 10)) ] ||
-    { say "PostgreSQL: $messages messages one after another: expected about as many waits for the disk, saw $syncs"; bad=1; }
+    { say "PostgreSQL: $messages messages in turn: expected about as many waits for the disk, saw $syncs"; bad=1; }
   [ $bad = 0 ] || return 1
-  summary="fsync, synchronous_commit, full_page_writes on, appendfsync always; $syncs waits for the disk for $messages messages"
+  summary="fsync, synchronous_commit, full_page_writes on, appendfsync always;"
+  summary+=" $syncs waits for the disk for $messages messages"
 }
 
-as_service() { docker compose exec -T postgres bash -c 'PGPASSWORD="$DB_PASS" psql -qAtX -F " " -h 127.0.0.1 -U "$DB_USER" -d "$POSTGRES_DB" -c "$1"' -- "$1"; }
+as_service() {
+  docker compose exec -T postgres bash -c \
+    'PGPASSWORD="$DB_PASS" psql -qAtX -F " " -h 127.0.0.1 -U "$DB_USER" -d "$POSTGRES_DB" -c "$1"' -- "$1"
+}
 
 # Each message is stored alone, so each needs a sync of the log of its own, by the connection that commits. With
 # synchronous_commit off another process does that later; with fsync off nobody does.
@@ -66,27 +71,37 @@ readers() {
 
 # Directly at the instances, as many as they have places for, and through nginx; then others come and ask.
 check_slow_readers() {
-  local names=(web1 web2 web3 nginx) name before after most='' pids='' status slow=0 served=0 told=0 said began
-  before=$(docker inspect --format '{{.Name}} {{.RestartCount}} {{.State.OOMKilled}} {{.State.StartedAt}}' $(docker compose ps -q))
-  for name in web1 web2 web3; do readers "$inner" $name 1000 300; pids="$pids $!"; done
+  local names=(web1 web2 web3 nginx) name before after most='' pids=() ids status slow=0 served=0 told=0 said began
+  before=$(lives)
+  for name in web1 web2 web3; do readers "$inner" $name 1000 300; pids+=($!); done
   readers "$outer" nginx 600 600
-  pids="$pids $!"
+  pids+=($!)
+  mapfile -t ids < <(docker compose ps -q "${names[@]}")
   began=$SECONDS
   while [ $((SECONDS - began)) -lt 45 ]; do
-    most+=$(docker stats --no-stream --format '{{.Name}} {{.MemPerc}}' $(docker compose ps -q "${names[@]}"))$'\n'
+    most+=$(docker stats --no-stream --format '{{.Name}} {{.MemPerc}}' "${ids[@]}")$'\n'
     for path in /readyz / /api/visits '/api/messages?limit=1' '/api/messages?limit=20' /healthz; do
       said=$(curl -sS -m 5 -o /dev/null -w '%{http_code} %{time_total}' "$URL$path" 2>/dev/null) || true
       status=${said%% *}
       case $status in 2*) served=$((served + 1)) ;; 503 | 429) told=$((told + 1)) ;; *) slow=$((slow + 1)) ;; esac
     done
   done
-  wait $pids || true
+  wait "${pids[@]}" || true
   most=$(sort -k2 -g <<<"$most" | tail -n 1)
   eventually ready 200 ready
-  after=$(docker inspect --format '{{.Name}} {{.RestartCount}} {{.State.OOMKilled}} {{.State.StartedAt}}' $(docker compose ps -q))
-  summary="$(cat "$WORK"/readers-* | grep -o 'open=.*' | tr '\n' ' ')most memory: $most; others: $served served, $told told to come again, $slow not answered in 5 s"
-  [ "$before" = "$after" ] || { say "expected that nothing dies, saw:"; diff <(echo "$before") <(echo "$after"); return 1; }
-  [ $slow = 0 ] && [ $served -gt $((4 * told)) ] || { say "expected all others to be served, few to be told to come again: $summary"; return 1; }
+  after=$(lives)
+  summary="$(cat "$WORK"/readers-* | grep -o 'open=.*' | tr '\n' ' ')most memory: $most; others: $served served,"
+  summary+=" $told told to come again, $slow not answered in 5 s"
+  [ "$before" = "$after" ] ||
+    { say "expected that nothing dies, saw:"; diff <(echo "$before") <(echo "$after"); return 1; }
+  [ $slow = 0 ] && [ $served -gt $((4 * told)) ] ||
+    { say "expected all others to be served, few to be told to come again: $summary"; return 1; }
+}
+
+# lives: what changes when a container dies or is started
+lives() {
+  docker compose ps -q |
+    xargs docker inspect --format '{{.Name}} {{.RestartCount}} {{.State.OOMKilled}} {{.State.StartedAt}}'
 }
 
 check_viewers()      { watched 250; }
@@ -98,13 +113,16 @@ check_deaf_listeners() {
   said=$(docker compose exec -T redis bash -c '
     for n in 1 2 3 4 5; do redis-cli subscribe threefold:events >/dev/null & deaf="$deaf $!"; done
     trap "kill -9 $deaf; rm /tmp/event" EXIT
-    for try in $(seq 100); do [ "$(redis-cli client list type pubsub | grep -c " name= ")" -lt 5 ] || break; sleep 0.1; done
+    for try in $(seq 100); do
+      [ "$(redis-cli client list type pubsub | grep -c " name= ")" -lt 5 ] || break; sleep 0.1
+    done
     kill -STOP $deaf
     head -c 500000 /dev/zero | tr "\0" x >/tmp/event
     for n in $(seq 50); do redis-cli -x publish threefold:events </tmp/event; done | head -n 1
     redis-cli incr threefold:deaf; redis-cli del threefold:deaf' 2>&1) || true
   [ "$(sed -n 1p <<<"$said")" -ge 8 ] && [ "$(sed -n 2p <<<"$said")" = 1 ] ||
-    { say "expected the event to be told to five and three instances, and a 1 from Redis; it said:"; say "$said"; return 1; }
+    { say "expected the event to be told to five and three instances, and a 1 from Redis; saw:"; say "$said"
+      return 1; }
   summary="the first event went to $(head -n 1 <<<"$said"); after 25 MB of them Redis counts"
 }
 
@@ -114,7 +132,8 @@ check_hang_ups() {
   nginx_descriptors >"$WORK/before-nginx"
   ask hang-up 10000
   summary="$(value hung-up) clients hung up"
-  [ "$(value hung-up)" -ge 9900 ] || { say "expected 10000 clients to get as far as hanging up, saw $(value hung-up)"; return 1; }
+  [ "$(value hung-up)" -ge 9900 ] ||
+    { say "expected 10000 clients to get as far as hanging up, saw $(value hung-up)"; return 1; }
   eventually back_to_before
   summary="$summary; $(tr '\n' ' ' <"$WORK/levels")"
 }
@@ -156,10 +175,12 @@ check_nginx_errors() {
     refused 400 "$URL$path" --path-as-is || bad=1
   done
   refused 405 -X TRACE "$URL/" || bad=1
-  printf '\x16\x03\x01\x02 no HTTP\r\n\r\n' | exchange | grep -q '"status":400' || { say "what is no HTTP is not refused"; bad=1; }
+  printf '\x16\x03\x01\x02 no HTTP\r\n\r\n' | exchange | grep -q '"status":400' ||
+    { say "what is no HTTP is not refused"; bad=1; }
   printf 'GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n' | exchange | grep -q '"status":400' ||
     { say "two Hosts are not refused"; bad=1; }
-  printf 'GET /healthz HTTP/1.0\r\n\r\n' | exchange | grep -q '"status":"ok"' || { say "HTTP/1.0 without a Host is not served"; bad=1; }
+  printf 'GET /healthz HTTP/1.0\r\n\r\n' | exchange | grep -q '"status":"ok"' ||
+    { say "HTTP/1.0 without a Host is not served"; bad=1; }
   [ $bad = 0 ] || return 1
   summary="400, 405, 413, 431; 404 for seven ways to write /metrics; HTTP/1.0 without a Host is served"
 }
@@ -191,7 +212,8 @@ refused() {
     NR == 1 && $2 == status { found++ } tolower($1) == "content-type:" && $2 == "application/problem+json" { found++ }
     tolower($1) == "x-request-id:" && $2 != "" { found++ } END { exit found != 3 }' &&
     grep -qE "\"status\":${status}[,}]" "$WORK/body" ||
-    { say "$*" | cut -c1-120; say "expected $status as application/problem+json with X-Request-Id, saw:"; cat "$WORK/head" "$WORK/body"; return 1; }
+    { say "$*" | cut -c1-120; say "expected $status as application/problem+json with X-Request-Id, saw:"
+      cat "$WORK/head" "$WORK/body"; return 1; }
 }
 
 # For a moment the clients' container is an instance itself, and sees what nginx tells one.
@@ -208,6 +230,7 @@ check_forwarded() {
 
 check_everything() {
   ask everything
-  summary="$(value messages) messages acknowledged, $(value unknown) unknown; lost $(value lost), doubled $(value doubled)"
+  summary="$(value messages) messages acknowledged, $(value unknown) unknown;"
+  summary+=" lost $(value lost), doubled $(value doubled)"
   nothing_wrong lost doubled unexpected ids || { say "$answer"; return 1; }
 }

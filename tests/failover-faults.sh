@@ -1,8 +1,10 @@
-# shellcheck shell=bash disable=SC2154 # sourced by tests/failover, whose variables these are
-# --- What is done to the stack ------------------------------------------------------------------------------------------
+# shellcheck shell=bash disable=SC2034,SC2154 # sourced by tests/failover, whose variables these are
+# --- What is done to the stack ----------------------------------------------------------------------------------------
 
 replace() { docker compose up --detach --no-deps --no-build --force-recreate --wait "$1"; }
-scale()   { docker compose up --detach --no-deps --no-build --no-recreate --wait --scale web-more=$(($1 - 3)) web-more; }
+scale() {
+  docker compose up --detach --no-deps --no-build --no-recreate --wait --scale web-more=$(($1 - 3)) web-more
+}
 start()   { docker compose start "$@"; }
 kill_9()  { docker compose kill --signal KILL "$@"; }
 
@@ -22,7 +24,8 @@ do_scale() {
   local tries=0
   scale 6 || return 1
   until ask seen && [ "$(value instances)" = 6 ]; do
-    [ $((tries += 1)) -le 20 ] || { say "expected answers from 6 instances within 5 s, saw $(value instances)"; return 1; }
+    [ $((tries += 1)) -le 20 ] ||
+      { say "expected answers from 6 instances within 5 s, saw $(value instances)"; return 1; }
     sleep 0.25
   done
   scale 3
@@ -61,13 +64,18 @@ answers() { curl -sS -m 5 "$URL/healthz?[1-6]" | grep -q "\"$1\"" || { say "expe
 
 do_kill_redis()       { kill_9 redis && sleep 2 && ready 200 degraded && start redis && redis_is_back && ask mark; }
 do_kill_nginx()       { tolerated=$any slowest_allowed=10000; kill_9 nginx && sleep 1 && start nginx && ask mark; }
-do_kill_postgres()    { kill_9 postgres && sleep 2 && ready 503 unavailable && start postgres && postgres_is_back && ask mark; }
-do_restart_postgres() { docker compose restart postgres && sleep 1 && docker compose restart postgres && postgres_is_back && ask mark; }
+do_kill_postgres() {
+  kill_9 postgres && sleep 2 && ready 503 unavailable && start postgres && postgres_is_back && ask mark
+}
+do_restart_postgres() {
+  docker compose restart postgres && sleep 1 && docker compose restart postgres && postgres_is_back && ask mark
+}
 do_kill_all()         { tolerated=$any slowest_allowed=10000; kill_9 && sleep 1 && start && ask mark; }
 
 do_cut_postgres() {
   local terminate="SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = '${DB_USER:-app}'"
-  docker compose exec -T postgres psql -qAtX -U postgres -d "${DB_NAME:-app}" <<<"$terminate \\watch i=0.1 c=50" && ask mark
+  docker compose exec -T postgres psql -qAtX -U postgres -d "${DB_NAME:-app}" \
+    <<<"$terminate \\watch i=0.1 c=50" && ask mark
 }
 
 do_pause_postgres() {
@@ -94,7 +102,8 @@ do_drain() {
   start web2
   more="; at web2 itself: $(value asked-to-go) of 10 connections asked to go, $(value cut) cut"
   if [ "$(value asked-to-go)" != 10 ] || [ "$(value leaving)" -lt 2000 ] || [ "$(value cut)" != 0 ]; then
-    say "expected every connection to be asked to go, answers for at least 2 s meanwhile, none cut; saw:"; say "$answer"; return 1
+    say "expected every connection to be asked to go, answers for at least 2 s meanwhile, none cut; saw:"
+    say "$answer"; return 1
   fi
   [ -z "$complaints" ] || { say "expected it to leave in peace, saw:"; say "$complaints"; return 1; }
 }
@@ -118,7 +127,7 @@ ready() {
   [[ "$saw" == *'"status":"'$2'"'*" $1" ]] || { say "/readyz: expected $1 and $2, saw $saw"; return 1; }
 }
 
-# --- What is measured of the stack ---------------------------------------------------------------------------------------
+# --- What is measured of the stack ------------------------------------------------------------------------------------
 
 # service_connections [INSTANCE]: to PostgreSQL, of one instance or of all
 service_connections() { psql "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'threefold ${1:-%}'"; }
@@ -136,11 +145,14 @@ levels() {
 }
 
 # All that nginx has open, in all of its processes.
-nginx_descriptors() { printf 'nginx %s\n' "$(docker compose exec -T nginx sh -c 'ls /proc/[0-9]*/fd 2>/dev/null | grep -c "^[0-9]"')"; }
+nginx_descriptors() {
+  printf 'nginx %s\n' "$(docker compose exec -T nginx sh -c 'ls /proc/[0-9]*/fd 2>/dev/null | grep -c "^[0-9]"')"
+}
 
 # within WHAT MORE BEFORE AFTER: lines "name number"; none has grown by more than MORE
 within() {
   local grown
-  grown=$(join <(sort <<<"$3") <(sort <<<"$4") | awk -v more="$2" '$3 > $2 + more { printf "%s from %s to %s ", $1, $2, $3 }')
+  grown=$(join <(sort <<<"$3") <(sort <<<"$4") |
+    awk -v more="$2" '$3 > $2 + more { printf "%s from %s to %s ", $1, $2, $3 }')
   [ -z "$grown" ] || { say "$1: expected at most $2 more, saw $grown"; return 1; }
 }
