@@ -294,6 +294,7 @@ public final class Load {
                 attempt = new Attempt(null, e, began, now());
             }
             tally.add(request, attempt);
+            if (attempt.isUnkind()) tally.failed(request, attempt + " (it does not say when to come again)");
             return attempt;
         }
     }
@@ -309,6 +310,12 @@ public final class Load {
 
         /** A 4xx will be the same the next time, and 500 is not an answer to anything. */
         boolean mayBeRepeated() { return answer == null || answer.status >= 502 && answer.status <= 504; }
+
+        /** Refused for now, and not told for how long. */
+        boolean isUnkind() {
+            return answer != null && (answer.status == 503 || answer.status == 429)
+                    && answer.header("retry-after").equals("(none)");
+        }
 
         /** Good, but a part of it is missing: Redis is away, the visit was not counted. */
         boolean isDegraded() { return isGood() && answer.body.endsWith("\"visits\":null}"); }

@@ -38,60 +38,6 @@ wal_syncs() {
         WHERE a.application_name LIKE 'threefold %' AND io.object = 'wal'"
 }
 
-# watched RATE: what breaks while twelve view and others write; each viewer has to have every message, in order, once
-watched() {
-  local result
-  mkfifo "$WORK/stop-viewers"
-  docker run --rm --interactive --name "$LOAD-viewers" --network "$outer" --dns-opt timeout:1 --dns-opt attempts:1 \
-    --volume "$PWD/tests:/tests:ro" --entrypoint java "${JBANG_IMAGE:-jbangdev/jbang:0.132.1-java-21}" \
-    -Xmx512m /tests/Viewers.java nginx 9999 "$1" 12 <"$WORK/stop-viewers" >"$WORK/viewers" 2>&1 &
-  exec 6>"$WORK/stop-viewers"
-  rm "$WORK/stop-viewers"
-  { sleep 3 && do_rolling && kill_9 web2 && sleep 1 && start web2 && docker compose restart redis && kill_9 redis &&
-    sleep 2 && start redis && kill_9 web1 web3 && start web1 web3 && docker compose restart postgres &&
-    postgres_is_back && kill_9 postgres && start postgres && postgres_is_back && sleep 2; } >"$WORK/out" 2>&1 ||
-    { cat "$WORK/out"; exec 6>&-; return 1; }
-  exec 6>&-
-  wait $! || { cat "$WORK/viewers"; return 1; }
-  result=$(head -n 1 "$WORK/viewers")
-  summary=$result
-  [[ $result == *" wrong=0" ]] || { cat "$WORK/viewers"; return 1; }
-}
-# readers NETWORK HOST VIEWERS PAGES: in the background, for 30 s
-readers() {
-  docker run --rm --name "$LOAD-readers-$2" --network "$1" --volume "$PWD/tests:/tests:ro" --entrypoint java \
-    --ulimit nofile=16384 "${JBANG_IMAGE:-jbangdev/jbang:0.132.1-java-21}" \
-    -Xmx256m /tests/SlowReaders.java "$2" 9999 "$3" "$4" 30 >"$WORK/readers-$2" 2>&1 &
-}
-
-# Directly at the instances, as many as they have places for, and through nginx; then others come and ask.
-check_slow_readers() {
-  local names=(web1 web2 web3 nginx) name before after most='' pids='' status slow=0 served=0 told=0 said began
-  before=$(docker inspect --format '{{.Name}} {{.RestartCount}} {{.State.OOMKilled}} {{.State.StartedAt}}' $(docker compose ps -q))
-  for name in web1 web2 web3; do readers "$inner" $name 1000 300; pids="$pids $!"; done
-  readers "$outer" nginx 600 600
-  pids="$pids $!"
-  began=$SECONDS
-  while [ $((SECONDS - began)) -lt 45 ]; do
-    most+=$(docker stats --no-stream --format '{{.Name}} {{.MemPerc}}' $(docker compose ps -q "${names[@]}"))$'\n'
-    for path in /readyz / /api/visits '/api/messages?limit=1' '/api/messages?limit=20' /healthz; do
-      said=$(curl -sS -m 5 -o /dev/null -w '%{http_code} %{time_total}' "$URL$path" 2>/dev/null) || true
-      status=${said%% *}
-      case $status in 2*) served=$((served + 1)) ;; 503 | 429) told=$((told + 1)) ;; *) slow=$((slow + 1)) ;; esac
-    done
-  done
-  wait $pids || true
-  most=$(sort -k2 -g <<<"$most" | tail -n 1)
-  eventually ready 200 ready
-  after=$(docker inspect --format '{{.Name}} {{.RestartCount}} {{.State.OOMKilled}} {{.State.StartedAt}}' $(docker compose ps -q))
-  summary="$(cat "$WORK"/readers-* | grep -o 'open=.*' | tr '\n' ' ')most memory: $most; others: $served served, $told told to come again, $slow not answered in 5 s"
-  [ "$before" = "$after" ] || { say "expected that nothing dies, saw:"; diff <(echo "$before") <(echo "$after"); return 1; }
-  [ $slow = 0 ] && [ $served -gt $((4 * told)) ] || { say "expected all others to be served, few to be told to come again: $summary"; return 1; }
-}
-
-check_viewers()      { watched 250; }
-check_viewers_busy() { watched 1000; }
-
 # 25 MB of events, and five that were stopped after they had subscribed. (They have no name; the instances have.)
 check_deaf_listeners() {
   local said
