@@ -74,6 +74,7 @@ public final class Load {
             case "mark"        -> mark();               // what was broken is well again: measure from here
             case "seen"        -> "instances=" + tally.answeredSince(now() - 1_000);
             case "count"       -> "acknowledged=" + tally.acknowledged(); // what nobody may lose, so far
+            case "others"      -> others(Integer.parseInt(words[1])); // so many visits are not ours
             case "stop"        -> stop();
             case "everything"  -> everything();         // what the whole run stored, read back once more
             case "direct"      -> direct(words[1]);     // ask an instance without nginx, while it leaves
@@ -161,6 +162,11 @@ public final class Load {
         return "marked";
     }
 
+    private String others(int visits) {
+        tally.visitsOfOthers += visits;
+        return "others=" + tally.visitsOfOthers;
+    }
+
     /** Ends the load, reads back what it stored, and says how it went: `name=value` words, then details. */
     private String stop() throws Exception {
         awaitAnswers();
@@ -192,8 +198,8 @@ public final class Load {
         // moment a client has one request under way, and no case breaks instances more than three times.
         int countedTwice = tally.mode == Mode.planned ? 0 : 3 * CLIENTS;
         if (counted < tally.visitsTold) errors.add(counted + " visits counted, " + tally.visitsTold + " acknowledged");
-        if (counted > tally.visitsTried + countedTwice)
-            errors.add(counted + " visits counted, " + tally.visitsTried + " attempted");
+        if (counted > tally.visitsTried + tally.visitsOfOthers + countedTwice)
+            errors.add(counted + " visits counted, " + (tally.visitsTried + tally.visitsOfOthers) + " attempted");
         if (total < ledger.highestVisit) errors.add("total " + total + ", a client was told " + ledger.highestVisit);
         return errors;
     }
@@ -294,6 +300,7 @@ public final class Load {
                 attempt = new Attempt(null, e, began, now());
             }
             tally.add(request, attempt);
+            if (attempt.isUnkind()) tally.failed(request, attempt + " (it does not say when to come again)");
             return attempt;
         }
     }
@@ -309,6 +316,12 @@ public final class Load {
 
         /** A 4xx will be the same the next time, and 500 is not an answer to anything. */
         boolean mayBeRepeated() { return answer == null || answer.status >= 502 && answer.status <= 504; }
+
+        /** Refused for now, and not told for how long. */
+        boolean isUnkind() {
+            return answer != null && (answer.status == 503 || answer.status == 429)
+                    && answer.header("retry-after").equals("(none)");
+        }
 
         /** Good, but a part of it is missing: Redis is away, the visit was not counted. */
         boolean isDegraded() { return isGood() && answer.body.endsWith("\"visits\":null}"); }
@@ -342,7 +355,7 @@ public final class Load {
         private int posts, visits, reads, good, stored;
         private long slowest, lastGood = began, longestGap, lastBad;
         private long lastStored = began, withoutStoring, lastTold = began, withoutCounting;
-        int visitsTried, visitsTold;
+        int visitsTried, visitsTold, visitsOfOthers;
         volatile long marked = Long.MAX_VALUE;
         long ended;
 

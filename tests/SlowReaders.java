@@ -4,41 +4,71 @@ import java.net.InetSocketAddress;
 import java.net.Socket;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Map;
+import java.util.TreeMap;
+import java.util.regex.Matcher;
+import java.util.regex.Pattern;
 
+import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
 
 /**
  * The rude clients of tests/failover: they ask for much and read nothing, or a byte a second.
  *
- * <p>{@code java SlowReaders.java HOST PORT VIEWERS PAGES SECONDS} opens so many streams of events from the first
- * message
- * on, and asks for so many of the largest pages, HTML and JSON in turn, each on a connection of its own. Every second
- * one
- * reads a byte a second. First it stores 120 of the longest messages, so that there is much to send. JDK 21, nothing
- * else.
+ * <p>{@code java SlowReaders.java HOST PORT MESSAGES VIEWERS PAGES SECONDS} stores so many of the longest messages, so
+ * that there is much to send. Then it opens so many streams of events from the first of these on, and asks for so many
+ * of the largest pages, HTML and JSON in turn, each on a connection of its own. Every second one reads a byte a
+ * second, the others nothing. At the end it prints how many were open, and by the first bytes of each answer what they
+ * were told. `unkind` are those that were refused without a word on when to come again. JDK 21, nothing else.
  */
 public final class SlowReaders {
+    private static final Pattern STORED = Pattern.compile("\"id\":([0-9]+)");
+    private static final int HEAD = 1_024; // of an answer, at most: so much is read at the end
+
+    private final String host;
+    private final int port;
+    private final List<Reader> readers = new ArrayList<>();
+
+    private SlowReaders(String host, int port) {
+        this.host = host;
+        this.port = port;
+    }
+
     public static void main(String[] args) throws Exception {
-        String host = args[0];
-        int port = Integer.parseInt(args[1]), viewers = Integer.parseInt(args[2]), pages = Integer.parseInt(args[3]);
-        for (int i = 0; i < 120; i++) store(host, port, i);
-        List<Socket> sockets = new ArrayList<>();
+        int[] numbers = new int[6];
+        for (int i = 1; i < 6; i++) numbers[i] = Integer.parseInt(args[i]);
+        new SlowReaders(args[0], numbers[1]).run(numbers[2], numbers[3], numbers[4], numbers[5]);
+    }
+
+    private void run(int messages, int viewers, int pages, int seconds) throws Exception {
+        long first = Long.MAX_VALUE;
+        for (int i = 0; i < messages; i++) first = Math.min(first, store(i));
         for (int i = 0; i < viewers + pages; i++) {
-            String path = i < viewers ? "/api/events?after=1" : i % 2 == 0 ? "/?limit=100" : "/api/messages?limit=100";
+            String path = i < viewers ? "/api/events?after=" + first
+                    : i % 2 == 0 ? "/?limit=100" : "/api/messages?limit=100";
             try {
-                sockets.add(ask(host, port, path));
+                readers.add(new Reader(path));
             } catch (IOException e) { /* no room for more: as it should be */ }
         }
-        System.out.println("open=" + sockets.size());
-        long end = System.nanoTime() + Integer.parseInt(args[4]) * 1_000_000_000L;
+        long end = System.nanoTime() + seconds * 1_000_000_000L;
         while (System.nanoTime() < end) {
             Thread.sleep(1_000);
-            for (int i = 0; i < sockets.size(); i += 2) readOne(sockets.get(i));
+            for (int i = 0; i < readers.size(); i += 2) readers.get(i).readOne();
         }
+        Map<String, Integer> told = new TreeMap<>();
+        int unkind = 0;
+        for (Reader reader : readers) {
+            while (reader.head.length() < HEAD && reader.readOne()) { /* what is there */ }
+            told.merge(reader.status(), 1, Integer::sum);
+            if (reader.isUnkind()) unkind++;
+        }
+        System.out.println("open=" + readers.size() + " unkind=" + unkind + " told="
+                + told.toString().replaceAll("[{} ]", "").replace('=', ':'));
         System.exit(0);
     }
 
-    private static void store(String host, int port, int number) throws IOException {
+    /** @return its id */
+    private long store(int number) throws IOException {
         byte[] body = ("{\"author\":\"test-failover\",\"body\":\"" + "\ud83d\ude42".repeat(1_990) + number + "\"}")
                 .getBytes(UTF_8);
         try (Socket socket = new Socket(host, port)) {
@@ -47,23 +77,40 @@ public final class SlowReaders {
                     + "\r\nConnection: close\r\nContent-Type: application/json\r\n"
                     + "Content-Length: " + body.length + "\r\n\r\n").getBytes(UTF_8));
             out.write(body);
-            socket.getInputStream().readAllBytes();
+            String answer = new String(socket.getInputStream().readAllBytes(), UTF_8);
+            Matcher id = STORED.matcher(answer);
+            if (!id.find()) throw new IOException("a message was not stored: " + answer);
+            return Long.parseLong(id.group(1));
         }
     }
 
-    private static Socket ask(String host, int port, String path) throws IOException {
-        Socket socket = new Socket();
-        socket.setReceiveBufferSize(4_096);
-        socket.connect(new InetSocketAddress(host, port), 2_000);
-        socket.setSoTimeout(1);
-        socket.getOutputStream().write(("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\nAccept: "
-                + (path.startsWith("/?") ? "text/html" : "*/*") + "\r\n\r\n").getBytes(UTF_8));
-        return socket;
-    }
+    private final class Reader {
+        private final StringBuilder head = new StringBuilder(); // what it has read so far
+        private final Socket socket = new Socket();
 
-    private static void readOne(Socket socket) {
-        try {
-            socket.getInputStream().read();
-        } catch (IOException e) { /* nothing there, or it was closed: as it should be */ }
+        Reader(String path) throws IOException {
+            socket.setReceiveBufferSize(4_096);
+            socket.connect(new InetSocketAddress(host, port), 2_000);
+            socket.setSoTimeout(1);
+            socket.getOutputStream().write(("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\nAccept: "
+                    + (path.startsWith("/?") ? "text/html" : "*/*") + "\r\n\r\n").getBytes(UTF_8));
+        }
+
+        /** @return false if there was nothing, or it was closed: as it should be */
+        boolean readOne() {
+            byte[] one = new byte[1];
+            try {
+                if (socket.getInputStream().read(one) <= 0) return false;
+                head.append(new String(one, ISO_8859_1));
+                return true;
+            } catch (IOException e) { return false; }
+        }
+
+        String status() { return head.length() < 12 ? "nothing" : head.substring(9, 12); }
+
+        boolean isUnkind() {
+            return (status().equals("503") || status().equals("429"))
+                    && !head.toString().toLowerCase().contains("\r\nretry-after: ");
+        }
     }
 }
