@@ -60,13 +60,9 @@ import java.nio.charset.CharacterCodingException;
 import java.nio.file.*;
 import java.nio.file.Files;
 import java.nio.file.attribute.PosixFilePermissions;
-import java.security.GeneralSecurityException;
-import java.security.MessageDigest;
-import java.security.SecureRandom;
-import java.security.Security;
-import java.sql.Array;
-import java.sql.Connection;
+import java.security.*;
 import java.sql.*;
+import java.sql.Connection;
 import java.time.*;
 import java.time.format.DateTimeFormatter;
 import java.time.temporal.ChronoUnit;
@@ -75,14 +71,9 @@ import java.util.concurrent.*;
 import java.util.concurrent.atomic.*;
 import java.util.concurrent.locks.ReentrantLock;
 import java.util.function.*;
-import java.util.logging.Handler;
-import java.util.logging.Level;
-import java.util.logging.LogManager;
-import java.util.logging.LogRecord;
-import java.util.logging.Logger;
-import java.util.regex.Matcher;
-import java.util.regex.Pattern;
-import java.util.stream.Stream;
+import java.util.logging.*;
+import java.util.regex.*;
+import java.util.stream.*;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
@@ -101,6 +92,10 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * What it does not do: TLS towards clients (put it at the proxy), accounts, editing or deleting messages.
  */
 public final class Service implements AutoCloseable {
+    /** Told by /api/instances, where two versions can be seen side by side; the same as in openapi.json. */
+    static final String VERSION = "2.0.0";
+
+    private final String since = Instant.now().truncatedTo(ChronoUnit.SECONDS).toString();
     private final Config config;
     private final Metrics metrics = new Metrics();
     private final Dependency postgres = new Dependency("postgres"), redis = new Dependency("redis");
@@ -114,6 +109,7 @@ public final class Service implements AutoCloseable {
     private final Held held = new Held();
     private final Events events;
     private final Http http;
+    private final Instances instances = new Instances();
     /** What it answers; see {@link Api#routes}. */
     final List<Route> routes;
 
@@ -143,12 +139,7 @@ public final class Service implements AutoCloseable {
 
     /** In the reverse order of starting. */
     private static void stop(Deque<AutoCloseable> running) {
-        for (AutoCloseable last; (last = running.poll()) != null; )
-            try {
-                last.close();
-            } catch (Exception e) {
-                Log.warn("stop_failed", "reason", Log.reason(e));
-            }
+        for (AutoCloseable last; (last = running.poll()) != null; ) closeQuietly(last);
         Log.flush();
     }
 
@@ -157,28 +148,25 @@ public final class Service implements AutoCloseable {
         this.config = config;
         messages = new Messages(config, postgres);
         counters = new Counters(config, redis);
+        following = batcher("events", messages::following);
+        events = new Events(counters, following, instances, held, metrics);
         visits = batcher("visits", (batch, mayWait) -> {
             List<Long> numbers = counters.count(batch.size(), mayWait);
-            visited();
+            events.visited();
             return numbers;
         });
         counts = batcher("counts", (batch, mayWait) -> Collections.nCopies(batch.size(), counters.read(mayWait)));
         writes = batcher("writes", (batch, mayWait) -> {
             List<Saved> saved = messages.save(batch, mayWait);
-            stored();
+            events.stored();
             return saved;
         });
         reads = batcher("reads", messages::pages);
-        following = batcher("events", messages::following);
-        events = new Events(counters, following, held, metrics);
         http = new Http(config, held, metrics);
-        routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics,
+        routes = new Api(config, http, visits, counts, writes, reads, events, instances, postgres, redis, metrics,
                 new HtmlPage()).routes();
         watchGauges();
     }
-
-    private void visited() { events.visited(); }
-    private void stored() { events.stored(); }
 
     /** 1,024 waiting: as many as there may be connections from the proxy, each with one request. */
     private <Q, A> Batcher<Q, A> batcher(String name, Batcher.Work<Q, A> work) {
@@ -201,14 +189,21 @@ public final class Service implements AutoCloseable {
      */
     Service start() throws Config.Invalid, IOException {
         http.listen(routes);
+        instances.hear(presence().json()); // itself, also where Redis is away
         postgres.watch(messages::ping);
-        redis.watch(counters::ping);
+        redis.watch(() -> counters.beat(presence(), instances.known()));
         events.start();
         Log.info("listening", "address", "http://localhost:" + port());
         return this;
     }
 
     int port() { return http.port(); }
+
+    /** What this instance says of itself to the others. */
+    private Presence presence() {
+        return new Presence(config.instance(), http.isDraining() ? Presence.LEAVING : postgres.isUp() ? Presence.READY
+                : Presence.UNAVAILABLE, since, VERSION, http.requestsPerSecond());
+    }
 
     /**
      * Leaves without a failed request. nginx keeps idle connections for 2 s: for longer than that every answer says
@@ -224,8 +219,8 @@ public final class Service implements AutoCloseable {
             // While the address still exists, being refused is quick; a packet to a vanished one is a second's wait.
             Http.pause(config.drainMillis() / 5);
         }
-        Stream.of(events, postgres, redis, visits, counts, writes, reads, following, http, counters, messages)
-                .forEach(Service::closeQuietly);
+        Stream.<AutoCloseable>of(events, postgres, redis, () -> counters.goodbye(presence()), visits, counts, writes,
+                reads, following, http, counters, messages).forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
 
@@ -415,8 +410,8 @@ record Route(String method, String path, HttpHandler handler) {}
 
 /** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
 record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
-           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Dependency postgres,
-           Dependency redis, Metrics metrics, HtmlPage page) {
+           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Instances instances,
+           Dependency postgres, Dependency redis, Metrics metrics, HtmlPage page) {
     private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
@@ -431,6 +426,7 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
                 new Route("GET", "/api/messages", this::listMessages),
                 new Route("GET", "/api/messages/{id}", this::oneMessage),
                 new Route("GET", "/api/events", this::events),
+                new Route("GET", "/api/instances", exchange -> http.sendJson(exchange, 200, instances.json())),
                 new Route("GET", "/healthz", exchange -> http.sendJson(exchange, 200, healthy)),
                 new Route("GET", "/readyz", this::readyz),
                 new Route("GET", "/metrics", this::metrics),
@@ -497,7 +493,7 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
                 http.askOr(ex, reads, query, MessagePage.UNKNOWN, (e, messages) -> {
                     page.securityHeaders(e);
                     http.send(e, status, "text/html; charset=utf-8",
-                            page.render(config.instance(), number, total, messages, query, form));
+                            page.render(config.instance(), number, total, messages, query, instances.all(), form));
                 }));
     }
 
@@ -1374,8 +1370,8 @@ final class Counters implements AutoCloseable {
     /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
     private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
-    private static final String BEATS = "{visits:total}:beats"; // when each instance was last heard of
-    private static final String CHANNEL = "threefold:events";
+    /** What wakes the others; and, with the number of the database behind it, who is here. */
+    static final String EVENTS = "threefold:events", INSTANCES = "threefold:instances:";
 
     // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
     private static final String COUNT = """
@@ -1388,31 +1384,27 @@ final class Counters implements AutoCloseable {
             redis.call('DEL', KEYS[2])""";
 
     /**
-     * "I am here", every five seconds. What those counted who were not heard of for a minute is kept as one number:
-     * names
-     * of containers come and go, and would be kept for ever. Only who has been here for a minute itself looks after
-     * that.
+     * What those counted who are not here (any more) is kept as one number: names of containers come and go, and would
+     * be kept for ever. ARGV: who is here, and the name for all others.
      */
-    private static final String BEAT = """
-            local now = tonumber(redis.call('TIME')[1])
-            redis.call('HSET', KEYS[2], ARGV[1], now)
-            if ARGV[2] == 'new' then return end
+    private static final String FOLD = """
+            local here = {}
+            for i = 1, #ARGV do here[ARGV[i]] = true end
             local names = redis.call('HKEYS', KEYS[1])
             for i = 1, #names do
-              local beat = tonumber(redis.call('HGET', KEYS[2], names[i]) or 0)
-              if names[i] ~= 'earlier instances' and now - beat > 60 then
-                redis.call('HINCRBY', KEYS[1], 'earlier instances', redis.call('HGET', KEYS[1], names[i]))
+              if not here[names[i]] then
+                redis.call('HINCRBY', KEYS[1], ARGV[#ARGV], redis.call('HGET', KEYS[1], names[i]))
                 redis.call('HDEL', KEYS[1], names[i])
-                redis.call('HDEL', KEYS[2], names[i])
               end
             end""";
-    private static final int PINGS_A_BEAT = 10, PINGS_A_MINUTE = 120;
+    private static final String EARLIER = "earlier instances";
+    private static final int BEATS_A_FOLD = 20;
 
     private final Config.Redis config;
     private final Dependency health;
     private final String instance;
     private final JedisClientConfig client;
-    private int pings;
+    private int beats;
     private volatile ConnectionProvider connections; // made when first needed: with Sentinels, that asks them
     private boolean closed;
 
@@ -1490,25 +1482,34 @@ final class Counters implements AutoCloseable {
     }
 
     /** Tells this word to all instances, the own one too. */
-    void publish(String word) throws InterruptedException { run(true, redis -> redis.publish(CHANNEL, word)); }
+    void publish(String word) throws InterruptedException { run(true, redis -> redis.publish(EVENTS, word)); }
 
     /** Blocks for as long as the subscription lasts; on a connection of its own. */
     void subscribe(JedisPubSub listener) {
         HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels
                 ? sentinels.getCurrentMaster()
                 : config.hosts().getFirst();
-        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, CHANNEL); }
+        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, EVENTS, INSTANCES + config.db()); }
     }
 
-    void ping() {
+    /**
+     * Tells the others that this instance lives, and finds out whether Redis does.
+     *
+     * @param known the names of all that were heard of in the last minute; empty if that can't be said
+     */
+    void beat(Presence presence, Set<String> known) {
         if (!health.isUp()) pools().forEach(Pool::clear); // connections to the server that went away
         try (Jedis redis = new Jedis(connections().getConnection())) {
-            redis.ping();
+            redis.publish(INSTANCES + config.db(), presence.json());
             if (!health.isUp()) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
-            if (!health.isUp()) pings = 0; // while Redis was away, nobody could be heard of
-            if (pings++ % PINGS_A_BEAT == 0) redis.eval(BEAT, List.of(BY_INSTANCE, BEATS),
-                    List.of(instance, pings < PINGS_A_MINUTE ? "new" : "settled"));
+            if (beats++ % BEATS_A_FOLD == 0 && !known.isEmpty()) redis.eval(FOLD, List.of(BY_INSTANCE),
+                    Stream.concat(known.stream(), Stream.of(EARLIER)).toList());
         }
+    }
+
+    /** The last word of an instance that stops. */
+    void goodbye(Presence presence) throws InterruptedException {
+        if (health.isUp()) run(true, redis -> redis.publish(INSTANCES + config.db(), presence.as(Presence.GONE).json()));
     }
 
     private List<Pool<?>> pools() {
@@ -1528,6 +1529,82 @@ final class Counters implements AutoCloseable {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------- Who is here
+
+/**
+ * What an instance says of itself, and what the others make of it when it says nothing more.
+ *
+ * @param since             when it started, ISO 8601
+ * @param requestsPerSecond answered in its last second; null if nobody knows
+ */
+record Presence(String instance, String state, String since, String version, Long requestsPerSecond) {
+    static final String READY = "ready", UNAVAILABLE = "unavailable", LEAVING = "leaving", SILENT = "silent",
+            GONE = "gone", UNKNOWN = "unknown";
+
+    Presence as(String state) { return new Presence(instance, state, since, version, null); }
+
+    String json() { return Json.object("instance", instance, "state", state, "since", since, "version", version,
+            "requestsPerSecond", requestsPerSecond); }
+}
+
+/**
+ * Which instances there are. Twice a second each tells all, through Redis, that it lives; as all hear the same, all
+ * give the same list. Nothing of it is stored. Who is not heard is silent, then gone, then forgotten.
+ */
+final class Instances {
+    private static final long SILENT_MILLIS = 1_400, GONE_MILLIS = 10_000, FORGOTTEN_MILLIS = 60_000;
+    /** More names than this are nobody's instances. */
+    private static final int MOST = 1_000, LONGEST = 1_000;
+
+    private record Heard(Presence said, long at) {}
+
+    private final Map<String, Heard> heard = new ConcurrentHashMap<>();
+    private volatile boolean listening;
+    private volatile long listeningSince; // before, nobody could be heard
+
+    private static long now() { return System.nanoTime() / 1_000_000; }
+
+    /** Whether there is a subscription. */
+    void listen(boolean begun) {
+        listeningSince = now();
+        listening = begun;
+    }
+
+    /** Somebody's word. What is none is passed over: anybody who may use Redis can publish. */
+    void hear(String json) {
+        Presence said = json.length() > LONGEST ? null : Json.read(json, Presence.class);
+        if (said == null || said.instance() == null || said.state() == null) return;
+        if (heard.size() < MOST || heard.containsKey(said.instance())) heard.put(said.instance(), new Heard(said, now()));
+    }
+
+    /** All, by name: web2 before web10. */
+    List<Presence> all() {
+        heard.values().removeIf(one -> listening && silence(one) > FORGOTTEN_MILLIS);
+        return heard.values().stream().map(this::seen)
+                .sorted(Comparator.comparing(Presence::instance, HtmlPage.BY_NAME)).toList();
+    }
+
+    private Presence seen(Heard one) {
+        if (!listening) return one.said.as(Presence.UNKNOWN);
+        if (one.said.state().equals(Presence.GONE) || silence(one) > GONE_MILLIS) return one.said.as(Presence.GONE);
+        return silence(one) > SILENT_MILLIS ? one.said.as(Presence.SILENT) : one.said;
+    }
+
+    private long silence(Heard one) { return now() - Math.max(one.at, listeningSince); }
+
+    /** Who was heard of in the last minute; empty while it has not listened for so long. */
+    Set<String> known() {
+        if (!listening || now() - listeningSince <= FORGOTTEN_MILLIS) return Set.of();
+        return all().stream().map(Presence::instance).collect(Collectors.toSet());
+    }
+
+    String json() {
+        StringJoiner list = new StringJoiner(",", "[", "]");
+        for (Presence one : all()) list.add(one.json());
+        return list.toString();
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------- Live events
 
 /**
@@ -1543,23 +1620,25 @@ final class Events implements AutoCloseable {
     static final int MOST_VIEWERS = 1_024;
     private static final int TICK_MILLIS = 50, TICKS_A_SECOND = 1_000 / TICK_MILLIS;
     /** The words on the channel. The first version says the first one too, when it wants viewers brought up to date. */
-    private static final String STORED = "missed", VISITED = "visited", ALIVE = "alive";
+    private static final String STORED = "missed", VISITED = "visited";
 
     private final Counters counters;
     private final Batcher<Cursor, Stretch> following;
+    private final Instances instances;
     private final Held held;
     private final Metrics metrics;
     private final Set<Viewer> viewers = ConcurrentHashMap.newKeySet();
     private final AtomicBoolean stored = new AtomicBoolean(), visited = new AtomicBoolean(); // others have to be told
     private final AtomicBoolean lookForMessages = new AtomicBoolean(), lookForCounts = new AtomicBoolean();
-    private volatile byte[] counts;      // the newest, as an event; null while nobody views
+    private volatile byte[] counts, present; // the newest, as events; null while nobody views
     private volatile boolean closed;
     private volatile JedisPubSub subscription;
     private Thread teller, listener;
 
-    Events(Counters counters, Batcher<Cursor, Stretch> following, Held held, Metrics metrics) {
+    Events(Counters counters, Batcher<Cursor, Stretch> following, Instances instances, Held held, Metrics metrics) {
         this.counters = counters;
         this.following = following;
+        this.instances = instances;
         this.held = held;
         this.metrics = metrics;
     }
@@ -1598,13 +1677,12 @@ final class Events implements AutoCloseable {
     private void tellLoop() {
         for (long tick = 1; !closed && Http.pause(TICK_MILLIS); tick++) {
             boolean second = tick % TICKS_A_SECOND == 0; // a look, whoever said what; and those who are stuck
-            if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE));
-                    // a dead subscription is noticed
             attempt(() -> wakeOthers(stored, lookForMessages, STORED));
             if (lookForMessages.getAndSet(false) || second) viewers.forEach(Viewer::wake);
-            if (tick % 6 != 0) continue; // visits: at most four events a second
+            if (tick % 6 != 0) continue; // visits and instances: at most four events a second
             attempt(() -> wakeOthers(visited, lookForCounts, VISITED));
             attempt(this::readCounts);
+            attempt(this::lookAround);
         }
     }
 
@@ -1638,20 +1716,31 @@ final class Events implements AutoCloseable {
         }
     }
 
+    private void lookAround() {
+        byte[] newest = viewers.isEmpty() ? null : frame("instances", null, instances.json());
+        if (Arrays.equals(newest, present)) return;
+        present = newest;
+        viewers.forEach(Viewer::wake);
+    }
+
+    /** Its own word comes each half second (see Counters.beat), so that a dead subscription is noticed. */
     private void listenLoop() {
         while (!closed) {
             attempt(() -> counters.subscribe(subscription = new JedisPubSub() {
                 @Override public void onSubscribe(String channel, int count) { // what was said meanwhile is lost
                     if (closed) unsubscribe();
+                    instances.listen(true);
                     lookForMessages.set(true);
                     lookForCounts.set(true);
                 }
 
                 @Override public void onMessage(String channel, String word) { // version 1 tells the visits themselves
-                    if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
-                    else if (!word.equals(ALIVE)) lookForMessages.set(true);
+                    if (channel.startsWith(Counters.INSTANCES)) instances.hear(word);
+                    else if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
+                    else lookForMessages.set(true);
                 }
             }));
+            instances.listen(false);
             if (!Http.pause(250)) return;
         }
     }
@@ -1690,7 +1779,7 @@ final class Events implements AutoCloseable {
         private boolean wanted = true, asking; // what follows its place
         private boolean begun, gone;
         private int caughtUp;            // messages since it was up to date
-        private byte[] toldCounts;
+        private byte[] toldCounts, toldPresent;
         private ByteBuffer unsent = ByteBuffer.allocate(0);
         private int heldBytes;
         private long lastSent = System.nanoTime();
@@ -1719,12 +1808,13 @@ final class Events implements AutoCloseable {
 
         private boolean hasMore() throws IOException {
             sink.suspendWrites();
-            byte[] newest = counts;
+            byte[] newest = counts, around = present;
             if (closed) end();
             else if (begun && gap && told != null) {
                 gap = false;
                 return put("gap", frame("gap", told, Json.object("after", named)));
             } else if (begun && newest != null && newest != toldCounts) return put("visit", toldCounts = newest);
+            else if (begun && around != null && around != toldPresent) return put("instances", toldPresent = around);
             else ask();
             return begun && !gone && System.nanoTime() - lastSent > HEARTBEAT_NANOS && put(null, HEARTBEAT);
         }
@@ -1872,6 +1962,8 @@ final class Http implements AutoCloseable {
     private final Held held;
     private final Metrics metrics;
     private final AtomicInteger inFlight = new AtomicInteger();
+    private final LongAdder answered = new LongAdder();
+    private final Rate rate = new Rate();
     private volatile boolean draining;
     private XnioWorker worker;
     private Undertow server;
@@ -1883,6 +1975,9 @@ final class Http implements AutoCloseable {
     }
 
     int inFlight() { return inFlight.get(); }
+
+    /** Answers of the last second or so; for one caller, who asks more than once a second. */
+    long requestsPerSecond() { return rate.of(answered.sum()); }
     boolean isDraining() { return draining; }
     boolean isListening() { return server != null; }
     int port() { return ((InetSocketAddress) server.getListenerInfo().getFirst().getAddress()).getPort(); }
@@ -1964,6 +2059,7 @@ final class Http implements AutoCloseable {
         inFlight.incrementAndGet();
         exchange.addExchangeCompleteListener((ended, next) -> {
             inFlight.decrementAndGet();
+            answered.increment();
             finished(ended);
             next.proceed();
         });
@@ -2145,6 +2241,21 @@ final class Http implements AutoCloseable {
     }
 }
 
+/** Of a number that only grows: by how much in a second, looked at once a second at most. */
+final class Rate {
+    private long last, began = System.nanoTime(), perSecond;
+
+    long of(long number) {
+        double seconds = (System.nanoTime() - began) / 1e9;
+        if (seconds > 0.9) {
+            perSecond = Math.round((number - last) / seconds);
+            last = number;
+            began = System.nanoTime();
+        }
+        return perSecond;
+    }
+}
+
 /** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */
 @SuppressWarnings("serial")
 final class Problem extends RuntimeException {
@@ -2240,6 +2351,15 @@ final class Json {
         } catch (IOException e) { throw new UncheckedIOException(e); } // a StringWriter has none
     }
 
+    /** Null for what is none of these. */
+    static <T> T read(String json, Class<T> type) {
+        try {
+            return GSON.fromJson(json, type);
+        } catch (JsonParseException e) {
+            return null;
+        }
+    }
+
     /** @throws Problem 400 for what is not strict JSON (RFC 8259), not an object, or names a field twice */
     static Map<String, JsonElement> parse(String json) {
         // Gson would take a list of pairs for a map as well.
@@ -2275,6 +2395,9 @@ record Form(String author, String body, Map<String, String> errors, String troub
 final class HtmlPage {
     private static final HttpString CONTENT_SECURITY_POLICY = new HttpString("Content-Security-Policy");
     private static final HttpString X_FRAME_OPTIONS = new HttpString("X-Frame-Options");
+    /** web1, web2, … web10. */
+    static final Comparator<String> BY_NAME =
+            Comparator.comparing(String::length).thenComparing(Comparator.naturalOrder());
 
     private final String style = Service.resource("/page.css"), script = Service.resource("/page.js");
     private final Template template = template(Service.resource("/page.html"));
@@ -2288,8 +2411,10 @@ final class HtmlPage {
         exchange.getResponseHeaders().put(X_FRAME_OPTIONS, "DENY");
     }
 
-    byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query, Form form) {
-        return template.execute(new View(style, script, instance, visit, counts, page, query, form)).getBytes(UTF_8);
+    byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
+            List<Presence> present, Form form) {
+        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
+                .getBytes(UTF_8);
     }
 
     /** A name that the template asks for and that is missing here is an error. */
@@ -2319,7 +2444,7 @@ final class HtmlPage {
 
     /** What the template asks for, by name. */
     private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, Form form) {
+                        PageQuery query, List<Presence> present, Form form) {
         String title() { return form.isRefused() ? "Not stored" : instance; }
         boolean postgresAway() { return page.messages() == null; }
         boolean redisAway() { return counts.total() == null; }
@@ -2339,10 +2464,10 @@ final class HtmlPage {
         Share blankShare() { return Share.BLANK; }
         List<Row> messages() { return postgresAway() ? null : page.messages().stream().map(Row::of).toList(); }
 
-        /** In the order web1, web2, … web10. */
+        Presence blankPresence() { return new Presence("", "", "", "", null); }
+
         List<Share> shares() {
-            Comparator<Map.Entry<String, Long>> byLength = Comparator.comparing(one -> one.getKey().length());
-            return counts.byInstance().entrySet().stream().sorted(byLength.thenComparing(Map.Entry.comparingByKey()))
+            return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(BY_NAME))
                     .map(one -> Share.of(one.getKey(), one.getValue(), counts.total())).toList();
         }
     }
