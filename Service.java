@@ -1395,6 +1395,7 @@ final class Counters implements AutoCloseable {
               if not here[names[i]] then
                 redis.call('HINCRBY', KEYS[1], ARGV[#ARGV], redis.call('HGET', KEYS[1], names[i]))
                 redis.call('HDEL', KEYS[1], names[i])
+                redis.call('PUBLISH', 'threefold:events', 'visited')
               end
             end""";
     private static final String EARLIER = "earlier instances";

@@ -79,7 +79,8 @@ function showInstances(all) {
   nameRows($('instances'), 'presence', all.map(one => one.instance)).forEach((row, i) => {
     row.dataset.state = all[i].state;
     say(row.querySelector('.state'), all[i].state);
-    say(row.querySelector('.rate'), (all[i].requestsPerSecond ?? '\u2013') + '/s');
+    const rate = all[i].requestsPerSecond;
+    say(row.querySelector('.rate'), (rate === null ? '\u2013' : digits(rate)) + '/s');
   });
   const changed = all.filter(one => before.size > 0 && before.get(one.instance) !== one.state);
   if (changed.length > 0) say($('instances-news'), changed.map(one => one.instance + ' is ' + one.state).join(', '));
