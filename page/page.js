@@ -354,7 +354,9 @@ async function sendUntilAnswered() {
       body: attempt.draft,
       signal: AbortSignal.timeout(5000)
     }).catch(() => null);
-    if (response && ![429, 502, 503, 504].includes(response.status)) return response;
+    const answer = await response?.json() // an answer that broke off is none
+      .catch(() => response.ok ? null : { detail: 'error ' + response.status });
+    if (answer && ![429, 502, 503, 504].includes(response.status)) return { isStored: response.ok, answer };
     say($('form-trouble'), 'No answer yet: trying again\u2026 (' + (tries + 1) + ')');
     if (await Promise.race([stopped, sleep(Math.min(5000, 250 * 2 ** tries))])) return null;
   }
@@ -369,12 +371,12 @@ async function post(event) {
   say($('sent'), '');
   say($('form-trouble'), '');
   setSending(true);
-  const response = await sendUntilAnswered();
+  const said = await sendUntilAnswered();
   setSending(false);
-  if (response === null)
+  if (said === null)
     say($('form-trouble'), 'Not known to be stored. Send it again unchanged: it will not be stored twice.');
-  else if (response.ok) stored(await response.json());
-  else refused(await response.json().catch(() => ({ detail: 'error ' + response.status })));
+  else if (said.isStored) stored(said.answer);
+  else refused(said.answer);
 }
 
 function stored(message) {

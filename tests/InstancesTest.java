@@ -22,7 +22,8 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 @TestInstance(TestInstance.Lifecycle.PER_CLASS)
 class InstancesTest {
     private final Cable cable = new Cable(Servers.redisPort());
-    private final Instance one = begin("one", Map.of()), other = begin("other", Map.of("REDIS_PORT", "" + cable.port()));
+    private final Instance one = begin("one", Map.of());
+    private final Instance other = begin("other", Map.of("REDIS_PORT", "" + cable.port()));
 
     InstancesTest() throws IOException {}
 

@@ -147,13 +147,17 @@ class StoresTest {
             }
         }
 
-        /** The numbers of transactions begin anew where a dump is read in;
-                those in the rows would lie in the future. */
+        /** The numbers of transactions begin anew where a dump is read in: those in the rows lie in the future. */
         @Test void that_was_restored_from_a_dump_tells_its_messages() throws Exception {
             String database = Servers.newDatabase();
             Servers.sql(database, Files.readString(Program.root().resolve("init.sql"))
                     + "; INSERT INTO messages (author, body, instance, request_key, tx) VALUES ('a', 'b', 'c', "
-                            + "'d', '99999999999')");
+                            + "'d', '99999999999')"
+                    // As many rows: it takes longer than any statement of a request may.
+                    + "; CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+                            + "$$ BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END $$"
+                    + "; CREATE TRIGGER slow BEFORE UPDATE ON messages FOR EACH ROW "
+                            + "WHEN (OLD.tx IS DISTINCT FROM NEW.tx) EXECUTE FUNCTION slow()");
             try (Instance board = new Instance("restored", Servers.environment(database));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=0")) {
                 Wait.until("it is told", () -> viewer.ids().size() == 1);
@@ -368,6 +372,40 @@ class StoresTest {
             }
         }
 
+        /** Where instances of the first version run beside new ones for a while. */
+        @Test void into_which_the_first_version_goes_on_counting_loses_no_part_of_the_total() throws Exception {
+            try (Jedis jedis = in(9); Instance board = new Instance("newer",
+                    with(Servers.newDatabase(), "REDIS_DB", "9"))) {
+                board.awaitReady();
+                board.visits();
+                jedis.hincrBy("visits:by-instance", "older", 3);
+                jedis.incrBy("visits:total", 3);
+                Wait.until("the parts are the whole", Duration.ofSeconds(15), () ->
+                        JsonParser.parseString("{\"total\":4,\"byInstance\":{\"newer\":1,\"older\":3}}")
+                                .equals(board.get("/api/visits").expect(200).json()));
+            }
+        }
+
+        /** A Redis Cluster refuses commands whose keys are not all in one slot. */
+        @Test void that_is_a_cluster_counts() throws Exception {
+            int port = Servers.freePort();
+            redis.embedded.RedisServer server = redis.embedded.RedisServer.newRedisServer().port(port)
+                    .setting("cluster-enabled yes").setting("save \"\"").setting("cluster-config-file nodes-" + port)
+                    .setting("dir " + Servers.FOLDER).build();
+            server.start();
+            try (Jedis jedis = new Jedis("127.0.0.1", port)) {
+                jedis.clusterAddSlots(java.util.stream.IntStream.range(0, 16384).toArray());
+                Wait.until("all slots are served", () -> jedis.clusterInfo().contains("cluster_state:ok"));
+                try (Instance board = new Instance("slots", with(Servers.newDatabase(), "REDIS_PORT", "" + port,
+                        "REDIS_PASS", ""))) {
+                    board.awaitReady();
+                    assertEquals(1, board.visits());
+                    assertEquals(1, board.total());
+                    Wait.until("it is seen", () -> board.get("/api/instances").body().contains("\"ready\""));
+                }
+            } finally { server.stop(); }
+        }
+
         /** Names of containers come and go; what they counted stays in the total. */
         @Test void keeps_what_instances_counted_that_are_long_gone_as_one_number() throws Exception {
             try (Jedis jedis = in(7)) {
@@ -379,10 +417,10 @@ class StoresTest {
                 Counters counters = new Counters(config, health);
                 Presence presence = new Presence("settled", Presence.READY, "", "", 0L);
                 counters.beat(presence, Set.of()); // it can't say yet who is here
-                assertEquals(3, counters.read(true).byInstance().size());
+                assertEquals(3, counters.read().byInstance().size());
                 for (int i = 0; i < 20; i++) counters.beat(presence, Set.of("here", "settled"));
-                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read(true).byInstance());
-                assertEquals(20, counters.read(true).total());
+                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read().byInstance());
+                assertEquals(20, counters.read().total());
                 counters.close();
             }
         }
