@@ -66,7 +66,7 @@ public final class Peer extends VerticleBase {
         return vertx.createHttpServer().requestHandler(router).listen(9999);
     }
 
-    /** One connection, on which commands are pipelined; a new one when it breaks ("Implementing reconnect on error"). */
+    /** One connection, on which commands are pipelined; a new one when it breaks (its "Implementing Reconnect"). */
     private void connect() {
         counters = redis.connect().onSuccess(connection ->
             connection.exceptionHandler(failure -> connect()).endHandler(end -> connect()))
