@@ -114,6 +114,10 @@ test-browser: ## opens the page in a real browser and uses it
 test-monitor: ## each target, rule and query of the dashboard has an answer; kills PostgreSQL and sees the alert
 	@tests/monitor
 
+.PHONY: pictures
+pictures: ## makes the pictures of README.md anew, on an empty stack of its own
+	@scripts/pictures
+
 .PHONY: test-docs
 test-docs: ## runs the commands of README.md and docs/
 	@tests/docs
