@@ -100,6 +100,7 @@ class OpenApiTest {
         described("get", "/", one.get("/", "Accept", "text/html"));
         described("get", "/", one.get("/?limit=0", "Accept", "text/html"));
         described("get", "/api/visits", one.get("/api/visits"));
+        described("get", "/api/instances", one.get("/api/instances"));
     }
 
     @Test @Order(2) void is_right_about_storing_a_message() {
