@@ -140,6 +140,10 @@ cluster-down: ## …and all of it is gone, the data too
 test-cluster: ## takes these machines away under load; checks that nothing is lost, doubled or refused (CASE=…)
 	@tests/cluster $(CASE)
 
+.PHONY: cluster-bench
+cluster-bench: ## six instances against three, and what the copies cost, as ratios of one run
+	@cluster/bench
+
 .PHONY: test-kubernetes
 test-kubernetes: ## builds cluster/kubernetes and checks each field against the schema of the API
 	@base=cluster/kubernetes; if command -v kubectl >/dev/null; then kubectl kustomize $$base; \
