@@ -26,7 +26,8 @@ COPY --from=jdk /opt/java/openjdk /opt/jdk
 # --- A Java runtime of the few modules the service uses.
 RUN /opt/jdk/bin/jlink --output java --no-header-files --no-man-pages --strip-java-debug-attributes --compress zip-6 \
           --exclude-files '**.debuginfo' \
-          --add-modules java.base,java.logging,java.management,java.naming,java.sql,jdk.management,jdk.unsupported \
+# (crypto.ec: without elliptic curves there is no TLS to PostgreSQL)
+          --add-modules java.logging,java.management,java.naming,java.sql,jdk.crypto.ec,jdk.management,jdk.unsupported \
 # What it is linked against beyond what busybox:glibc holds comes along: libz and libstdc++ for Debian's JDK,
 # the empty libdl and librt that an older C library wanted for Temurin's.
  && ldd java/bin/java java/lib/*.so java/lib/server/*.so | awk '/=> \// { print $3 }' | sort -u \
@@ -55,7 +56,8 @@ COPY <<'EOF_OPTIONS' java.options
 -XX:ReservedCodeCacheSize=24m
 # One small heap, two cores at most: the collector without threads and tables of its own.
 -XX:+UseSerialGC
-# Pages of 2 MB for heap and compiled code, where the kernel gives them to those who ask (Linux does by default). Instances
+# Pages of 2 MB for heap and compiled code, where the kernel gives them to those who ask (Linux does by default).
+# Instances
 # that take turns on few processors find their caches cold each time: with six on two, a request takes 5 to 11 % less
 # processor time of an instance.
 -XX:+UseTransparentHugePages
@@ -72,11 +74,12 @@ COPY <<'EOF_OPTIONS' java.options
 -Xlog:disable
 -Xlog:all=error:stderr
 -Xlog:aot*=warning:stderr
-# XNIO, below Undertow, makes itself known to JMX, which nobody asks here: to start JMX's server takes a sixth of our start.
+# XNIO, below Undertow, makes itself known to JMX, which nobody asks here: to start JMX's server takes a sixth of our
+# start.
 # This is no class that could build that server, so XNIO goes without; what /metrics tells of the JVM needs no server.
 -Djavax.management.builder.initial=java.lang.Object
 EOF_OPTIONS
-RUN echo "-cp /opt/threefold/service.jar:$(ls -d /opt/threefold/lib/*.jar | paste -sd:)" >> java.options
+RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.jar | paste -sd:)" >> java.options
 
 # --- The training: the service, under the options and the class path that it will have, answers all kinds of requests
 #     for some seconds. At its end Java writes down which classes it used, how they are linked, and which methods were

@@ -48,9 +48,7 @@ logs: ## what the containers say, as they say it
 
 .PHONY: trace
 trace: ## follows one request through all logs: make trace ID=… (the X-Request-Id of an answer)
-	@[ -n "$(ID)" ] || { echo "usage: make trace ID=…   (the X-Request-Id of an answer)"; exit 2; }
-	@docker compose logs --no-color 2>/dev/null | grep -F '"request":"$(ID)"' || \
-	  { echo "no log line has the request id $(ID)"; exit 1; }
+	@scripts/trace "$(ID)"
 
 .PHONY: restart
 restart: ## restarts every container
@@ -70,7 +68,8 @@ down: ## stops it; the data stay
 
 .PHONY: clean
 clean: ## stops it and removes data and images, after asking
-	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
+	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; \
+	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
 	@docker compose down --remove-orphans --volumes
 	@docker image rm --force threefold-web >/dev/null
 
@@ -79,6 +78,10 @@ clean: ## stops it and removes data and images, after asking
 .PHONY: test
 test: ## the service's own tests, with real PostgreSQL and Redis, no Docker needed
 	@./jbang tests/ServiceTest.java $(NAME) && ./jbang tests/OpenApiTest.java
+
+.PHONY: lint
+lint: ## each language by its own tool (scripts/lint shell html: only these)
+	@scripts/lint
 
 .PHONY: test-lb
 test-lb: ## shows and checks that requests spread over the instances
@@ -92,13 +95,40 @@ test-persist: ## restarts, kills and recreates all containers; checks that every
 test-failover: ## kills, stops, hangs parts under load; checks that nothing is lost, doubled or refused (CASE=…)
 	@tests/failover $(CASE)
 
+.PHONY: test-upgrade
+test-upgrade: ## from the first version to this one in place, under load: nothing is lost, doubled or refused
+	@tests/upgrade
+
 .PHONY: test-browser
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run
 
+.PHONY: test-docs
+test-docs: ## runs the commands of README.md and docs/
+	@tests/docs
+
 .PHONY: bench
 bench: ## measures against what the machine can do (QUICK=1: under two minutes)
 	@tests/bench/run
+
+##@ Three machines (docs/cluster.md)
+
+.PHONY: cluster-up
+cluster-up: ## three machines inside this one, and the stack on a Swarm of them (Linux, as root)
+	@cluster/up
+
+.PHONY: cluster-down
+cluster-down: ## …and all of it is gone, the data too
+	@cluster/down
+
+.PHONY: test-cluster
+test-cluster: ## takes these machines away under load; checks that nothing is lost, doubled or refused (CASE=…)
+	@tests/cluster $(CASE)
+
+.PHONY: test-kubernetes
+test-kubernetes: ## builds cluster/kubernetes and checks each field against the schema of the API
+	@base=cluster/kubernetes; if command -v kubectl >/dev/null; then kubectl kustomize $$base; \
+	  else kustomize build $$base; fi | ./jbang tests/Kubernetes.java
 
 ##@ Without Docker, and data
 

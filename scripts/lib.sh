@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the test scripts share. They need bash, curl and Docker, and work on a stack that has been used before.
 # Source it from the top-level folder's scripts; it goes there, stops on errors, and cleans up.
 set -euo pipefail
@@ -5,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 URL=${URL:-http://localhost:${PORT:-9999}}
 WORK=$(mktemp -d)
+# shellcheck disable=SC2034  # the scripts use it
 RUN="$(basename "$0")-$$-$RANDOM"          # names this run's requests in every log
 failures=0
 
@@ -30,17 +32,18 @@ trap 'rm -rf "$WORK"' EXIT
 
 # instances: the containers that answer requests, as "service address" lines
 instances() {
-  docker compose ps -q web1 web2 web3 web-more |
-    xargs -r docker inspect --format '{{index .Config.Labels "com.docker.compose.service"}} {{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'
+  local service='{{index .Config.Labels "com.docker.compose.service"}}'
+  local address='{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'
+  docker compose ps -q web1 web2 web3 web-more | xargs -r docker inspect --format "$service $address"
 }
 
 # wait_ready [SECONDS]: until every container of the stack that is there is healthy, asked four times a second
 wait_ready() {
   local ids state deadline=$((SECONDS + ${1:-60}))
   while :; do
-    ids=$(docker compose ps -aq)
-    state=$(docker inspect --format '{{.Name}} {{.State.Health.Status}}' $ids 2>/dev/null) || state="starting"
-    [ -n "$ids" ] && ! grep -qv ' healthy$' <<<"$state" && return 0
+    mapfile -t ids < <(docker compose ps -aq)
+    state=$(docker inspect --format '{{.Name}} {{.State.Health.Status}}' "${ids[@]}" 2>/dev/null) || state="starting"
+    [ ${#ids[@]} -gt 0 ] && ! grep -qv ' healthy$' <<<"$state" && return 0
     if [ $SECONDS -ge $deadline ]; then
       say "not healthy after ${1:-60} s:"; grep -v ' healthy$' <<<"$state"; return 1
     fi

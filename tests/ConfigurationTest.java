@@ -2,6 +2,7 @@ import org.junit.jupiter.api.AfterAll;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -23,6 +24,7 @@ import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What the environment tells an instance, and what it says to what it can't use. */
+@ExtendWith(Evidence.class)
 class ConfigurationTest {
 
     static Config config(String... namesAndValues) throws Config.Invalid {
@@ -70,7 +72,8 @@ class ConfigurationTest {
         }
 
         @Test void is_the_same_as_what_is_empty() throws Exception {
-            assertEquals(config(), config("PORT", "", "DB_HOST", "", "DB_PASS", "", "DB_PASS_FILE", "", "INSTANCE_ID", ""));
+            assertEquals(config(), config("PORT", "", "DB_HOST", "", "DB_PASS", "", "DB_PASS_FILE", "",
+                    "INSTANCE_ID", ""));
         }
 
         @Test void is_not_embedded_when_both_hosts_are_set() throws Exception {
@@ -79,7 +82,8 @@ class ConfigurationTest {
     }
 
     @Nested class A_port {
-        @ParameterizedTest @ValueSource(strings = {"0", "65536", "-1", "abc", "80.5", " 80", "80 ", "1e3", "0x50", "+80",
+        @ParameterizedTest @ValueSource(strings = {"0", "65536", "-1", "abc", "80.5", " 80", "80 ", "1e3", "0x50",
+                "+80",
                 "99999999999999999999", "٨٠", "８０", "80\n81"})
         void that_is_none_is_refused(String value) {
             for (String name : List.of("PORT", "DB_PORT", "REDIS_PORT"))
@@ -88,7 +92,8 @@ class ConfigurationTest {
 
         @ParameterizedTest @ValueSource(strings = {"1", "80", "65535"})
         void that_is_one_is_taken(String value) throws Exception {
-            Config config = config("PORT", value, "DB_HOST", "d", "DB_PORT", value, "REDIS_HOST", "r", "REDIS_PORT", value);
+            Config config = config("PORT", value, "DB_HOST", "d", "DB_PORT", value, "REDIS_HOST", "r", "REDIS_PORT",
+                    value);
             assertEquals(List.of(value, "[d:" + value + "]", "[r:" + value + "]"), List.of("" + config.port(),
                     config.postgres().hosts().toString(), config.redis().hosts().toString()));
         }
@@ -98,12 +103,14 @@ class ConfigurationTest {
         @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
         void in_a_file_is_read_without_its_line_end(String name) throws Exception {
             Config config = config(name + "_FILE", file("password", "s3cret word\n").toString());
-            assertEquals("s3cret word", (name.equals("DB_PASS") ? config.postgres().pass() : config.redis().pass()).value());
+            assertEquals("s3cret word", (name.equals("DB_PASS") ? config.postgres().pass() : config.redis().pass())
+                    .value());
         }
 
         @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
         void and_a_file_for_it_are_too_much(String name) throws Exception {
-            String file = file("password", "from-file").toString(), said = refusal(name, "from-env", name + "_FILE", file);
+            String file = file("password", "from-file").toString(),
+                    said = refusal(name, "from-env", name + "_FILE", file);
             assertSays(said, name, name + "_FILE", file);
             assertFalse(said.contains("from-env") || said.contains("from-file"), said);
         }
@@ -142,9 +149,11 @@ class ConfigurationTest {
             }
         }
 
-        @ParameterizedTest @CsvSource({"PORT,abc,65535", "DB_PORT,0,65535", "REDIS_PORT,65536,65535", "INSTANCE_ID,a b,letters",
+        @ParameterizedTest @CsvSource({"PORT,abc,65535", "DB_PORT,0,65535", "REDIS_PORT,65536,65535",
+                "INSTANCE_ID,a b,letters",
                 "DB_PASS_FILE,/no/such/file,file", "REDIS_PASS_FILE,/no/such/file,file", "DATA_DIR,/dev/null/x,folder"})
-        void ends_with_2_and_one_line_for_a_value_it_cannot_use(String name, String value, String right) throws Exception {
+        void ends_with_2_and_one_line_for_a_value_it_cannot_use(String name, String value,
+                String right) throws Exception {
             assertSays(end(Map.of(name, value)), name, value, right);
         }
 
@@ -157,12 +166,57 @@ class ConfigurationTest {
         @Test void ends_with_2_when_its_port_is_taken() throws Exception {
             try (ServerSocket taken = new ServerSocket(0)) {
                 String port = "" + taken.getLocalPort();
-                assertSays(end(Map.of("PORT", port, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")), "PORT", port, "free");
+                assertSays(end(Map.of("PORT", port, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")), "PORT",
+                        port, "free");
             }
         }
 
         @Test void ends_with_one_line_even_if_the_value_has_two() throws Exception {
             assertSays(end(Map.of("PORT", "80\n81")), "PORT");
+        }
+    }
+
+    @Nested class An_address_to_listen_on {
+        @Test void is_all_there_are_behind_a_proxy_and_this_machine_alone_without_one() throws Exception {
+            try (Instance everywhere = new Instance("dual", Servers.environment(Servers.newDatabase()))) {
+                for (String address : List.of("127.0.0.1", "::1"))
+                    new java.net.Socket(address, everywhere.port).close();
+            }
+            Map<String, String> only = new HashMap<>(Servers.environment(Servers.newDatabase()));
+            only.put("HOST", "127.0.0.1");
+            try (Instance here = new Instance("local", only)) {
+                here.get("/healthz").expect(200);
+                assertThrows(IOException.class, () -> new java.net.Socket("::1", here.port).close());
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"203.0.113.7", "no.such.host.invalid"})
+        void that_is_none_of_this_machine_is_refused(String host) throws Exception {
+            assertSays(A_process.end(Map.of("HOST", host, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")),
+                    "HOST", host);
+        }
+    }
+
+    @Nested class Stores_elsewhere {
+        @ParameterizedTest @ValueSource(strings = {"a,,b", ",", "db:0", "db:65536", "db:x", "[::1", "a b", "http://db"})
+        void with_no_address_are_refused(String hosts) {
+            for (String name : List.of("DB_HOST", "REDIS_SENTINELS")) assertSays(refusal(name, hosts), name, hosts);
+        }
+
+        @Test void may_be_several() throws Exception {
+            assertEquals("[db1:5432, db2:5433, ::1:5432]",
+                    config("DB_HOST", "db1,db2:5433,::1").postgres().hosts().toString());
+            assertEquals("threefold", config("REDIS_SENTINELS", "s1,s2,s3:1").redis().master());
+        }
+
+        @Test void are_named_in_one_way_only() { assertSays(refusal("REDIS_HOST", "a", "REDIS_SENTINELS", "b"),
+                "REDIS_HOST"); }
+
+        @ParameterizedTest @CsvSource({"DB_SSLMODE,maybe,verify-full", "REDIS_TLS,yes,true",
+                "DB_SSLROOTCERT,/no/such/file,file",
+                "REDIS_DB,-1,0", "REDIS_WAIT_REPLICAS,x,100"})
+        void that_can_not_be_used_so_are_refused(String name, String value, String right) {
+            assertSays(refusal(name, value), name, value, right);
         }
     }
 
@@ -180,9 +234,11 @@ class ConfigurationTest {
                 jedis.configSet("requirepass", "open sesame");
             }
             String database = Servers.newDatabase();
-            Servers.sql(database, "CREATE ROLE keeper LOGIN PASSWORD 'pick me not'; GRANT ALL ON SCHEMA public TO keeper");
+            Servers.sql(database, "CREATE ROLE keeper LOGIN PASSWORD 'pick me not'; GRANT ALL ON SCHEMA public "
+                    + "TO keeper");
             Path access = Path.of(Servers.sql("postgres", "SHOW hba_file").getFirst());
-            Files.writeString(access, "host " + database + " keeper 127.0.0.1/32 scram-sha-256\n" + Files.readString(access));
+            Files.writeString(access, "host " + database + " keeper 127.0.0.1/32 scram-sha-256\n"
+                    + Files.readString(access));
             Servers.sql("postgres", "SELECT pg_reload_conf()");
             environment = new HashMap<>(Servers.environment(database));
             environment.putAll(Map.of("REDIS_PORT", "" + toRedis.hosts().getFirst().getPort(), "DB_USER", "keeper"));
@@ -197,7 +253,8 @@ class ConfigurationTest {
         }
 
         @Test void from_variables_open_both() {
-            try (Instance instance = new Instance("guest", with("DB_PASS", "pick me not", "REDIS_PASS", "open sesame"))) {
+            try (Instance instance = new Instance("guest", with("DB_PASS", "pick me not", "REDIS_PASS",
+                    "open sesame"))) {
                 instance.awaitReady();
                 instance.say("keeper", "let in").expect(201);
                 assertTrue(instance.visits() > 0);
@@ -205,7 +262,8 @@ class ConfigurationTest {
         }
 
         @Test void from_files_open_both() throws Exception {
-            try (Instance instance = new Instance("guest", with("DB_PASS", "", "DB_PASS_FILE", file("db", "pick me not\n").toString(),
+            try (Instance instance = new Instance("guest", with("DB_PASS", "", "DB_PASS_FILE",
+                    file("db", "pick me not\n").toString(),
                     "REDIS_PASS", "", "REDIS_PASS_FILE", file("redis", "open sesame\n").toString()))) {
                 instance.awaitReady();
                 instance.say("keeper", "let in").expect(201);

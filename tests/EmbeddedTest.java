@@ -4,6 +4,7 @@ import org.junit.jupiter.api.AfterAll;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 
 import java.io.IOException;
 import java.nio.file.Files;
@@ -22,13 +23,15 @@ import static org.junit.jupiter.api.Assertions.assertNotEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** `jbang Service.java` on its own, as a program: the servers it brings along, its data, its signals, and its log. */
+@ExtendWith(Evidence.class)
 class EmbeddedTest {
     private static final Path DATA = Servers.FOLDER.resolve("kept");
     private static Program program;
 
     @BeforeAll static void start() throws Exception {
         program = Program.jbang(Map.of("DATA_DIR", DATA.toString()));
-        Wait.until("jbang Service.java is ready", Duration.ofSeconds(50), () -> program.get("/readyz").expect(200).text("status").equals("ready"));
+        Wait.until("jbang Service.java is ready", Duration.ofSeconds(50), () -> program.get("/readyz").expect(200)
+                .text("status").equals("ready"));
     }
 
     @AfterAll static void stop() throws IOException { program.close(); }
@@ -36,7 +39,8 @@ class EmbeddedTest {
     /** Each test can begin with a program that runs, whatever the one before did to it. */
     static Program running() throws IOException {
         if (!program.process.isAlive()) program = Program.java(Map.of("DATA_DIR", DATA.toString()));
-        Wait.until("ready, or ended", Duration.ofSeconds(30), () -> !program.process.isAlive() || program.get("/readyz").status() == 200);
+        Wait.until("ready, or ended", Duration.ofSeconds(30), () -> !program.process.isAlive()
+                || program.get("/readyz").status() == 200);
         assertTrue(program.process.isAlive(), "expected that it runs, actual: it ended, and said " + program.err());
         program.awaitReady();
         return program;
@@ -52,7 +56,8 @@ class EmbeddedTest {
     }
 
     static void signal(String signal, Stream<ProcessHandle> processes) throws Exception {
-        for (ProcessHandle process : processes.toList()) new ProcessBuilder("kill", "-" + signal, "" + process.pid()).start().waitFor();
+        for (ProcessHandle process : processes.toList()) new ProcessBuilder("kill", "-" + signal, "" + process.pid())
+                .start().waitFor();
     }
 
     @Nested class Its_data {
@@ -70,10 +75,12 @@ class EmbeddedTest {
             assertEquals(2, servers.size());
             program.close(); // SIGTERM
             assertNotEquals(137, program.exitCode(), "it ended by itself");
-            Wait.until("no process is left of " + servers, () -> servers.stream().noneMatch(ProcessHandle::isAlive)); // or a zombie, for a moment
+            Wait.until("no process is left of " + servers, () -> servers.stream().noneMatch(ProcessHandle::isAlive));
+                    // or a zombie, for a moment
             assertEquals(kept.json(), running().get(kept.header("location")).expect(200).json());
             assertEquals(visits + 1, program.visits());
-            assertEquals(kept.json(), program.say("keeper", "kept \uD83D\uDE42", "Idempotency-Key", key).expect(200).json());
+            assertEquals(kept.json(), program.say("keeper", "kept \uD83D\uDE42", "Idempotency-Key", key).expect(200)
+                    .json());
         }
 
         @Test void are_still_there_when_it_was_killed() throws Exception {
@@ -85,6 +92,56 @@ class EmbeddedTest {
             assertEquals(kept.json(), running().get(kept.header("location")).expect(200).json());
             assertEquals(visits + 1, program.visits());
             assertTrue(servers.stream().noneMatch(ProcessHandle::isAlive), "those left behind are stopped");
+        }
+
+        @Test void take_no_folder_of_somebody_else() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("somebody")),
+                    theirs = folder.resolve("postgres/precious");
+            Files.createDirectories(theirs.getParent());
+            Files.writeString(theirs, "mine");
+            String said = ConfigurationTest.A_process.end(Map.of("DATA_DIR", folder.toString()));
+            ConfigurationTest.assertSays(said, "DATA_DIR", folder.toString(), "empty", "postgres");
+            assertEquals("mine", Files.readString(theirs));
+            try (Stream<Path> files = Files.list(folder)) { assertEquals(List.of(theirs.getParent()), files.toList()); }
+        }
+
+        @Test void that_were_never_complete_are_made_anew() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("half")),
+                    half = folder.resolve("postgres/base");
+            Files.createDirectories(half);
+            for (String mark : List.of("threefold-data", "postgres-unfinished")) Files.createFile(folder.resolve(mark));
+            try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                begun.awaitReady();
+                assertFalse(Files.exists(folder.resolve("postgres-unfinished")));
+            }
+        }
+
+        @Test void are_opened_to_nobody_without_the_password() throws Exception {
+            running();
+            int port = Integer.parseInt(Files.readAllLines(DATA.resolve("postgres/postmaster.pid")).get(3).strip());
+            java.sql.SQLException refused = org.junit.jupiter.api.Assertions.assertThrows(java.sql.SQLException.class,
+                    () -> java.sql.DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port + "/postgres",
+                            "postgres", "guess"));
+            assertTrue(refused.getSQLState().startsWith("28"), "" + refused);
+            assertEquals("rw-------", java.nio.file.attribute.PosixFilePermissions.toString(
+                    Files.getPosixFilePermissions(DATA.resolve("password"))));
+        }
+
+        /** A pid that was written down may belong to somebody else by now, even to one with a name like ours. */
+        @Test void cost_no_stranger_its_life() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("strangers"));
+            Path stranger = Files.copy(Path.of("/bin/sleep"), Servers.FOLDER.resolve("redis-server-of-a-stranger"),
+                    java.nio.file.StandardCopyOption.COPY_ATTRIBUTES);
+            Process process = new ProcessBuilder(stranger.toString(), "60").start();
+            try {
+                Files.createFile(folder.resolve("threefold-data"));
+                Files.createDirectories(folder.resolve("redis"));
+                Files.writeString(folder.resolve("redis/redis.pid"), process.pid() + "\n");
+                try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                    begun.awaitReady();
+                    assertTrue(process.isAlive(), "expected that it lets a stranger live");
+                }
+            } finally { process.destroy(); }
         }
 
         @Test void are_not_shared_with_a_second_one() throws Exception {
@@ -109,7 +166,8 @@ class EmbeddedTest {
                 starting.exitCode();
                 servers.addAll(servers(data));
                 try {
-                    Wait.until("no process is left of " + servers, Duration.ofSeconds(5), () -> servers.stream().noneMatch(ProcessHandle::isAlive));
+                    Wait.until("no process is left of " + servers, Duration.ofSeconds(5), () -> servers.stream()
+                            .noneMatch(ProcessHandle::isAlive));
                 } finally { signal("KILL", servers.stream().filter(ProcessHandle::isAlive)); }
             }
         }
@@ -140,14 +198,16 @@ class EmbeddedTest {
                 Wait.until("it is not ready", Wait.PROMISED, () -> program.get("/readyz").status() == 503);
                 assertTrue(program.visits() > 0);
             } finally { signal("CONT", all.stream()); }
-            Wait.until("messages are there again", Wait.PROMISED, () -> program.get(kept.header("location")).status() == 200);
+            Wait.until("messages are there again", Wait.PROMISED, () -> program.get(kept.header("location"))
+                    .status() == 200);
             Wait.until("they are stored again", Wait.PROMISED, () -> program.say("a", "heard").status() == 201);
         }
     }
 
     @Nested class Its_log {
         private List<JsonObject> lines(String word) {
-            return program.out().stream().filter(line -> line.contains(word)).map(line -> JsonParser.parseString(line).getAsJsonObject()).toList();
+            return program.out().stream().filter(line -> line.contains(word))
+                    .map(line -> JsonParser.parseString(line).getAsJsonObject()).toList();
         }
 
         private JsonObject only(String id) {
@@ -160,22 +220,27 @@ class EmbeddedTest {
             String id = UUID.randomUUID().toString();
             running().say("a", "x".repeat(2_001), "X-Request-Id", id).problem(422);
             JsonObject line = only(id);
-            assertTrue(line.keySet().containsAll(Set.of("time", "level", "instance", "event", "request", "method", "path", "status", "reason")), "" + line);
-            assertEquals(List.of("program", "POST", "/api/messages", "422"), List.of(line.get("instance").getAsString(), line.get("method").getAsString(),
+            assertTrue(line.keySet().containsAll(Set.of("time", "level", "instance", "event", "request", "method",
+                    "path", "status", "reason")), "" + line);
+            assertEquals(List.of("program", "POST", "/api/messages", "422"),
+                    List.of(line.get("instance").getAsString(), line.get("method").getAsString(),
                     line.get("path").getAsString(), line.get("status").getAsString()));
             assertTrue(line.get("reason").getAsString().contains("2001"), "" + line);
         }
 
         @Test void takes_no_line_from_a_stranger() throws Exception {
             String id = UUID.randomUUID().toString(), forged = "{\"event\":\"forged-" + id + "\"}";
-            String[] ways = {"/x%0a%7b%22event%22:%22forged-" + id + "%22%7d%0a", "/%0d%0aforged-" + id, "/%E2%80%A8forged-" + id, "/%1b%5b2Jforged-" + id};
+            String[] ways = {"/x%0a%7b%22event%22:%22forged-" + id + "%22%7d%0a", "/%0d%0aforged-" + id,
+                    "/%E2%80%A8forged-" + id, "/%1b%5b2Jforged-" + id};
             for (String path : ways) running().raw(HttpTest.request("GET", path)).problem(404);
             program.raw(HttpTest.request("GET", "/nowhere", "X-Request-Id: a\r\n" + "X-Other: " + forged)).problem(404);
             program.say("a\n" + forged + "\n", "", "X-Request-Id", "end-" + id).problem(422);
             only("end-" + id);
             for (String line : program.out()) {
-                assertTrue(line.startsWith("{\"time\":") || !line.contains("forged-"), "expected no line of a stranger's, actual: " + line);
-                assertFalse(line.chars().anyMatch(Character::isISOControl) || line.contains("\u2028"), "expected no control characters, actual: " + line);
+                assertTrue(line.startsWith("{\"time\":") || !line.contains("forged-"),
+                        "expected no line of a stranger's, actual: " + line);
+                assertFalse(line.chars().anyMatch(Character::isISOControl) || line.contains("\u2028"),
+                        "expected no control characters, actual: " + line);
             }
             assertEquals(ways.length, lines("forged-" + id).size(), "one line for each: " + lines("forged-" + id));
         }
@@ -192,7 +257,8 @@ class EmbeddedTest {
         @Test void is_json_line_by_line() throws Exception {
             running().get("/nowhere").problem(404);
             for (String line : program.out())
-                assertTrue(JsonParser.parseString(line).getAsJsonObject().has("event"), "expected JSON with an event, actual: " + line);
+                assertTrue(JsonParser.parseString(line).getAsJsonObject().has("event"),
+                        "expected JSON with an event, actual: " + line);
         }
     }
 }

@@ -1,6 +1,7 @@
 import com.google.gson.JsonParser;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
 
@@ -26,6 +27,7 @@ import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Live events: what happens on one instance is seen on all, and what was missed is brought later. */
+@ExtendWith(Evidence.class)
 class EventsTest {
 
     /** One event as the browser gets it. */
@@ -49,7 +51,8 @@ class EventsTest {
         private volatile int lines;
 
         Viewer(Caller instance, String query, String... headers) throws Exception {
-            HttpRequest.Builder request = HttpRequest.newBuilder(instance.uri("/api/events" + query)).header("Accept", "text/event-stream");
+            HttpRequest.Builder request = HttpRequest.newBuilder(instance.uri("/api/events" + query))
+                    .header("Accept", "text/event-stream");
             if (headers.length > 0) request.headers(headers);
             response = Caller.CLIENT.send(request.build(), HttpResponse.BodyHandlers.ofInputStream());
             Thread.ofVirtual().start(this::read);
@@ -101,7 +104,8 @@ class EventsTest {
                     : JsonParser.parseString(all("visit").getLast().data).getAsJsonObject().get("total").getAsLong();
         }
 
-        void awaits(Answer message) { Wait.until("a viewer is told of " + message.id(), () -> ids().contains(message.id())); }
+        void awaits(Answer message) { Wait.until("a viewer is told of " + message.id(), () -> ids()
+                .contains(message.id())); }
 
         @Override public void close() throws IOException { response.body().close(); }
     }
@@ -119,12 +123,15 @@ class EventsTest {
         }
 
         @Test void is_told_what_is_stored_on_every_instance() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.three().get(0), ""); Viewer other = new Viewer(Servers.three().get(2), "")) {
+            try (Viewer viewer = new Viewer(Servers.three().get(0), "");
+                    Viewer other = new Viewer(Servers.three().get(2), "")) {
                 for (Instance instance : Servers.three()) {
-                    Answer message = instance.say("teller", "by " + instance.name + "\nin two lines, " + MessagesTest.SMILE).expect(201);
+                    Answer message = instance.say("teller", "by " + instance.name + "\nin two lines, "
+                            + MessagesTest.SMILE).expect(201);
                     viewer.awaits(message);
                     other.awaits(message);
-                    Event event = viewer.all("message").stream().filter(one -> one.message() == message.id()).findFirst().orElseThrow();
+                    Event event = viewer.all("message").stream().filter(one -> one.message() == message.id())
+                            .findFirst().orElseThrow();
                     assertEquals(message.id(), event.place().id());
                     assertEquals(message.json(), JsonParser.parseString(event.data));
                 }
@@ -145,6 +152,27 @@ class EventsTest {
             }
         }
 
+        /** Ids are given out before the commit; who began first may get the higher one. */
+        @Test void is_told_in_the_order_of_transactions_and_not_of_ids() throws Exception {
+            String database = Servers.newDatabase();
+            String insert = "INSERT INTO messages (author, body, instance, request_key) VALUES ";
+            try (Instance board = new Instance("order", Servers.environment(database))) {
+                board.say("a", "the first").expect(201);
+                try (Connection early = Servers.connect(database); Statement work = early.createStatement()) {
+                    early.setAutoCommit(false);
+                    work.execute("SELECT pg_current_xact_id()");
+                    Servers.sql(database, insert + "('a', 'began later', 'x', 'later')");
+                    work.execute(insert + "('a', 'began earlier', 'x', 'earlier')");
+                    early.commit();
+                }
+                try (Viewer viewer = new Viewer(board, "?after=0")) {
+                    Wait.until("all three are told", () -> viewer.ids().size() == 3);
+                    viewer.checkInTurn();
+                    assertTrue(viewer.ids().get(1) > viewer.ids().get(2), "who began earlier first: " + viewer.ids());
+                }
+            }
+        }
+
         @Test void is_told_once_of_a_message_sent_twice_under_one_key() throws Exception {
             try (Viewer viewer = new Viewer(Servers.one(), "")) {
                 String key = MessagesTest.An_idempotency_key.key();
@@ -158,18 +186,22 @@ class EventsTest {
         @Test void is_told_of_visits_at_most_four_times_a_second() throws Exception {
             try (Viewer viewer = new Viewer(Servers.three().get(1), "")) {
                 long begun = System.nanoTime(), last = 0;
-                while (System.nanoTime() - begun < 2_000_000_000L) last = Servers.three().get((int) (last % 3)).visits();
+                while (System.nanoTime() - begun < 2_000_000_000L) last = Servers.three().get((int) (last % 3))
+                        .visits();
                 double seconds = (System.nanoTime() - begun) / 1e9;
                 int told = viewer.all("visit").size();
-                assertTrue(told >= 2 && told <= 4 * seconds + 2, "expected 2 to " + (4 * seconds + 2) + " events, actual: " + told);
+                assertTrue(told >= 2 && told <= 4 * seconds + 2, "expected 2 to " + (4 * seconds + 2)
+                        + " events, actual: " + told);
                 long total = last;
                 Wait.until("it hears of the last visit", () -> viewer.lastVisits() >= total);
-                assertEquals(Servers.one().get("/api/visits").json(), JsonParser.parseString(viewer.all("visit").getLast().data));
+                assertEquals(Servers.one().get("/api/visits").json(),
+                        JsonParser.parseString(viewer.all("visit").getLast().data));
             }
         }
 
         @Test void who_keeps_up_is_told_of_hundreds_at_once() throws Exception {
-            try (Instance board = new Instance("busy", Servers.environment(Servers.newDatabase())); Viewer viewer = new Viewer(board, "")) {
+            try (Instance board = new Instance("busy", Servers.environment(Servers.newDatabase()));
+                    Viewer viewer = new Viewer(board, "")) {
                 List<Callable<Long>> senders = new ArrayList<>();
                 for (int i = 0; i < 400; i++) senders.add(() -> board.say("a", "all at once").expect(201).id());
                 List<Long> stored = Wait.together(senders);
@@ -181,11 +213,13 @@ class EventsTest {
         /** What a transaction stored that is still open can become visible behind what others stored after it. */
         @Test void is_told_nothing_that_something_older_could_still_come_before() throws Exception {
             String database = Servers.newDatabase();
-            try (Instance board = new Instance("order", Servers.environment(database)); Viewer viewer = new Viewer(board, "")) {
+            try (Instance board = new Instance("order", Servers.environment(database));
+                    Viewer viewer = new Viewer(board, "")) {
                 board.say("a", "before").expect(201);
                 try (Connection slow = Servers.connect(database); Statement work = slow.createStatement()) {
                     slow.setAutoCommit(false);
-                    work.execute("INSERT INTO messages (author, body, instance, request_key) VALUES ('s', 'slow', 'x', 'x')");
+                    work.execute("INSERT INTO messages (author, body, instance, request_key) VALUES ('s', "
+                            + "'slow', 'x', 'x')");
                     List<Answer> quick = new ArrayList<>();
                     for (int i = 0; i < 3; i++) quick.add(board.say("a", "quick").expect(201));
                     Thread.sleep(300); // several looks
@@ -195,7 +229,8 @@ class EventsTest {
                         for (Viewer one : List.of(viewer, later)) {
                             Wait.until("all five are told", () -> one.ids().size() == 5);
                             one.checkInTurn();
-                            assertEquals("slow", JsonParser.parseString(one.all("message").get(1).data).getAsJsonObject()
+                            assertEquals("slow", JsonParser.parseString(one.all("message").get(1).data)
+                                    .getAsJsonObject()
                                     .get("body").getAsString());
                         }
                     }
@@ -227,7 +262,8 @@ class EventsTest {
             return Wait.together(senders);
         }
 
-        @ParameterizedTest @ValueSource(strings = {"Last-Event-ID", "after"}) void is_brought_what_it_missed(String how) throws Exception {
+        @ParameterizedTest @ValueSource(strings = {"Last-Event-ID",
+                "after"}) void is_brought_what_it_missed(String how) throws Exception {
             try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
                 long seen;
                 List<Long> missed;
@@ -236,7 +272,8 @@ class EventsTest {
                     missed = store(board, 30);
                     Wait.until("whoever is there was told", () -> present.ids().containsAll(missed));
                 }
-                try (Viewer viewer = how.equals("after") ? new Viewer(board, "?after=" + seen) : new Viewer(board, "", how, "" + seen)) {
+                try (Viewer viewer = how.equals("after") ? new Viewer(board, "?after=" + seen)
+                        : new Viewer(board, "", how, "" + seen)) {
                     Wait.until("all that was missed is there", () -> viewer.ids().containsAll(missed));
                     viewer.checkInTurn();
                     assertEquals(missed.size(), viewer.ids().size(), "and nothing else");
@@ -277,7 +314,8 @@ class EventsTest {
             }
         }
 
-        @ParameterizedTest @ValueSource(ints = {99, 100, 101, 950}) void long_is_brought_all_of_it(int count) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {99, 100, 101,
+                950}) void long_is_brought_all_of_it(int count) throws Exception {
             try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
                 Set<Long> missed = new TreeSet<>(store(board, count));
                 try (Viewer viewer = new Viewer(board, "?after=0")) {
@@ -304,7 +342,8 @@ class EventsTest {
 
         @Test void is_brought_what_it_missed_when_PostgreSQL_is_back() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase()), by = new HashMap<>(database);
-            try (Cable cable = new Cable(Servers.databasePort()); Instance elsewhere = new Instance("elsewhere", database)) {
+            try (Cable cable = new Cable(Servers.databasePort());
+                    Instance elsewhere = new Instance("elsewhere", database)) {
                 by.put("DB_PORT", "" + cable.port());
                 try (Instance board = new Instance("cut", by)) {
                     board.awaitReady();
@@ -319,7 +358,8 @@ class EventsTest {
             }
         }
 
-        @ParameterizedTest @ValueSource(strings = {"abc", "-1", "0", "", "99999999999999999999", "999999999999999999", "1%00", "<x>"}) void may_say_nonsense(String last) throws Exception {
+        @ParameterizedTest @ValueSource(strings = {"abc", "-1", "0", "", "99999999999999999999",
+                "999999999999999999", "1%00", "<x>"}) void may_say_nonsense(String last) throws Exception {
             try (Instance board = new Instance("odd", Servers.environment(Servers.newDatabase()));
                  Viewer viewer = new Viewer(board, "?after=" + last.replace("<x>", "%3Cx%3E"), "Last-Event-ID", last)) {
                 assertEquals(200, viewer.response.statusCode());
@@ -347,9 +387,11 @@ class EventsTest {
                 }
                 assertTrue(board.metric("held_bytes") > 0, "expected that the slow one is stuck by now");
                 List<Long> told = new ArrayList<>();
+                slow.socket.setSoTimeout(60_000); // TCP asks more and more seldom whether there is room again
                 while (told.size() < stored.size()) {
                     String line = slow.readLine();
-                    if (line.startsWith("data: {\"id\":")) told.add(Long.parseLong(line.substring(12, line.indexOf(',')).strip()));
+                    if (line.startsWith("data: {\"id\":")) told.add(Long.parseLong(line.substring(12,
+                            line.indexOf(',')).strip()));
                 }
                 assertEquals(other.ids(), told);
                 Wait.until("nothing is kept for it any more", () -> board.metric("held_bytes") < 10_000);
@@ -384,7 +426,8 @@ class EventsTest {
         }
 
         @Test void was_away_all_messages_are_told_when_it_is_back() throws Exception {
-            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("cut", by(cable)); Viewer viewer = new Viewer(board, "")) {
+            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("cut", by(cable));
+                    Viewer viewer = new Viewer(board, "")) {
                 board.awaitReady();
                 viewer.awaits(board.say("a", "before").expect(201));
                 cable.cut();
@@ -399,7 +442,8 @@ class EventsTest {
         }
 
         @Test void hung_for_a_while_all_messages_are_told_when_it_goes_on() throws Exception {
-            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("hung", by(cable)); Viewer viewer = new Viewer(board, "")) {
+            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("hung", by(cable));
+                    Viewer viewer = new Viewer(board, "")) {
                 board.awaitReady();
                 viewer.awaits(board.say("a", "before").expect(201));
                 cable.hang();

@@ -3,6 +3,7 @@ import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.MethodSource;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -30,13 +31,15 @@ import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What every request can count on, whatever it asks for and however badly it is put. */
+@ExtendWith(Evidence.class)
 class HttpTest {
     static final int BODY_MOST = 32 * 1024;
     private static String stored;
 
     /** The paths of the table, each with something that is there. */
     static synchronized List<String> paths() {
-        if (stored == null) stored = Servers.one().say("router", "something that is there").expect(201).header("location");
+        if (stored == null) stored = Servers.one().say("router", "something that is there").expect(201)
+                .header("location");
         return Servers.one().service.routes.stream().map(Route::path).distinct()
                 .map(path -> path.equals("/api/messages/{id}") ? stored : path).toList();
     }
@@ -63,7 +66,8 @@ class HttpTest {
     }
 
     static String post(byte[] body, String... headers) {
-        return request("POST", "/api/messages", Caller.and(headers, "Content-Type: application/json", "Content-Length: " + body.length))
+        return request("POST", "/api/messages", Caller.and(headers, "Content-Type: application/json",
+                "Content-Length: " + body.length))
                 + new String(body, ISO_8859_1);
     }
 
@@ -78,7 +82,8 @@ class HttpTest {
                 Caller.and(headers, "Content-Type: application/json", "Transfer-Encoding: chunked")));
         for (int at = 0; at < body.length; at += size) {
             int length = Math.min(size, body.length - at);
-            text.append(Integer.toHexString(length)).append("\r\n").append(new String(body, at, length, ISO_8859_1)).append("\r\n");
+            text.append(Integer.toHexString(length)).append("\r\n").append(new String(body, at, length, ISO_8859_1))
+                    .append("\r\n");
         }
         return text.append("0\r\n\r\n").toString();
     }
@@ -86,7 +91,8 @@ class HttpTest {
     @Nested class Every_answer {
         static List<String> paths() { return HttpTest.paths(); }
 
-        @ParameterizedTest @MethodSource("paths") void names_its_instance_and_its_request(String path) throws Exception {
+        @ParameterizedTest @MethodSource("paths")
+        void names_its_instance_and_its_request(String path) throws Exception {
             for (Instance instance : Servers.three())
                 try (Wire wire = instance.wire()) {
                     String method = allowed(path).contains("GET") ? "GET" : "OPTIONS";
@@ -105,7 +111,8 @@ class HttpTest {
         }
 
         @Test void keeps_the_ids_also_when_it_is_no() {
-            for (Answer no : List.of(Servers.one().get("/nowhere", "X-Request-Id", "mine"), Servers.one().post("{", "X-Request-Id", "mine"),
+            for (Answer no : List.of(Servers.one().get("/nowhere", "X-Request-Id", "mine"), Servers.one()
+                    .post("{", "X-Request-Id", "mine"),
                     Servers.one().send("PUT", "/", null, "X-Request-Id", "mine"))) {
                 assertEquals("mine", no.header("x-request-id"), "" + no);
                 assertEquals("web1", no.header("x-instance-id"), "" + no);
@@ -117,7 +124,8 @@ class HttpTest {
             assertEquals(id, Servers.one().get("/healthz", "X-Request-Id", id).header("x-request-id"));
         }
 
-        @ParameterizedTest @ValueSource(strings = {"", "a b", "<script>", "a\"b", "a,b", "é", "{}", "a\tb", "%0d%0aSet-Cookie:x"})
+        @ParameterizedTest @ValueSource(strings = {"", "a b", "<script>", "a\"b", "a,b", "é", "{}", "a\tb",
+                "%0d%0aSet-Cookie:x"})
         void replaces_an_insane_one(String id) throws Exception {
             for (String one : List.of(id, id.isEmpty() ? "" : "x".repeat(5_000))) {
                 Answer answer = Servers.one().raw(request("GET", "/healthz", "X-Request-Id: " + one)).expect(200);
@@ -129,7 +137,8 @@ class HttpTest {
         @ParameterizedTest @MethodSource("paths") void is_not_kept_by_caches(String path) throws Exception {
             try (Wire wire = Servers.one().wire()) {
                 String cache = wire.send(request("GET", path)).read(true).header("cache-control");
-                assertTrue(cache != null && (cache.contains("no-store") || path.equals("/openapi.json")), path + ": " + cache);
+                assertTrue(cache != null && (cache.contains("no-store") || path.equals("/openapi.json")), path + ": "
+                        + cache);
             }
         }
     }
@@ -151,7 +160,8 @@ class HttpTest {
                 }
         }
 
-        @ParameterizedTest @MethodSource("paths") void gives_the_head_of_whatever_can_be_got(String path) throws Exception {
+        @ParameterizedTest @MethodSource("paths")
+        void gives_the_head_of_whatever_can_be_got(String path) throws Exception {
             if (!allowed(path).contains("HEAD")) return;
             try (Wire wire = Servers.one().wire()) {
                 wire.socket.setSoTimeout(3_000);
@@ -161,17 +171,21 @@ class HttpTest {
             }
         }
 
-        @ParameterizedTest @ValueSource(strings = {"/nowhere", "/api", "/api/", "/api/messages/1/2", "/favicon.txt", "/index.html",
-                "/api/visits/1", "/healthz/x", "/Service.java", "/init.sql", "/API/visits", "/%00", "/a%00b", "/%2e%2e/etc/passwd",
+        @ParameterizedTest @ValueSource(strings = {"/nowhere", "/api", "/api/", "/api/messages/1/2", "/favicon.txt",
+                "/index.html",
+                "/api/visits/1", "/healthz/x", "/Service.java", "/init.sql", "/API/visits", "/%00", "/a%00b",
+                        "/%2e%2e/etc/passwd",
                 "/..", "/../../etc/passwd", "/%2F", "/api%2fvisits", "/..%5c", "/%F0%9F%99%82", "/%ff%fe", "/*"})
-        void has_nothing_elsewhere(String path) throws Exception { Servers.one().raw(request("GET", path)).problem(404); }
+        void has_nothing_elsewhere(String path) throws Exception {
+                Servers.one().raw(request("GET", path)).problem(404); }
 
         @Test void is_described_by_the_open_api_document() {
             JsonObject document = Servers.one().get("/openapi.json").expect(200).json();
             assertTrue(document.get("openapi").getAsString().startsWith("3.1"));
             for (Route route : Servers.one().service.routes) {
                 JsonElement path = document.getAsJsonObject("paths").get(route.path());
-                assertNotNull(path, "expected " + route.path() + ", actual: " + document.getAsJsonObject("paths").keySet());
+                assertNotNull(path, "expected " + route.path() + ", actual: " + document.getAsJsonObject("paths")
+                        .keySet());
                 assertTrue(path.getAsJsonObject().has(route.method().toLowerCase()), route.method() + " in " + path);
             }
         }
@@ -186,7 +200,8 @@ class HttpTest {
         }
 
         @Test void of_a_browser_is_answered_with_the_page() {
-            Answer page = Servers.one().get("/", "Accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8").expect(200);
+            Answer page = Servers.one().get("/", "Accept",
+                    "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8").expect(200);
             assertTrue(page.header("content-type").startsWith("text/html"), "" + page);
             assertTrue(page.header("content-type").toLowerCase().contains("utf-8"), "" + page);
             assertTrue(page.body().contains("<form") && page.body().contains("web1"), "" + page);
@@ -236,6 +251,9 @@ class HttpTest {
             Servers.one().send("PUT", "/", null).problem(405);
             Servers.one().send("OPTIONS", "/", null);
             Servers.one().send("HEAD", "/", null).expect(200);
+            Answer page = Servers.one().send("HEAD", "/", null, "Accept", "text/html").expect(200);
+            assertTrue(page.header("content-type").startsWith("text/html"), "what GET would get, in " + page);
+            assertTrue(Integer.parseInt(page.header("content-length")) > 5_000, "as long as the page, in " + page);
             Servers.one().say("nobody", "came by");
             assertEquals(before, Servers.three().get(2).total());
         }
@@ -247,16 +265,20 @@ class HttpTest {
         @Test void says_readyz_of_each_dependency() {
             JsonObject json = Servers.one().get("/readyz").expect(200).json();
             assertEquals("ready", json.get("status").getAsString());
-            assertEquals("{\"postgres\":\"up\",\"redis\":\"up\"}", json.getAsJsonObject("dependencies").entrySet().stream()
-                    .map(e -> '"' + e.getKey() + "\":" + e.getValue()).sorted().collect(Collectors.joining(",", "{", "}")));
+            assertEquals("{\"postgres\":\"up\",\"redis\":\"up\"}", json.getAsJsonObject("dependencies").entrySet()
+                    .stream()
+                    .map(e -> '"' + e.getKey() + "\":" + e.getValue()).sorted()
+                            .collect(Collectors.joining(",", "{", "}")));
         }
 
         @Test void say_metrics_for_prometheus() {
             Answer answer = Servers.one().get("/metrics").expect(200);
             assertTrue(answer.header("content-type").startsWith("text/plain"), answer.header("content-type"));
-            double before = Servers.one().metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}");
+            double before = Servers.one()
+                    .metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}");
             Servers.one().get("/healthz");
-            assertEquals(before + 1, Servers.one().metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}"));
+            assertEquals(before + 1, Servers.one()
+                    .metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}"));
         }
 
         @Test void metrics_do_not_say_through_a_proxy() {
@@ -272,20 +294,32 @@ class HttpTest {
     }
 
     @Nested class JSON_that_is_none {
-        @ParameterizedTest @ValueSource(strings = {"", " ", "{", "}", "{}}", "[", "[]", "null", "true", "1", "\"text\"", "nonsense", "{]",
-                "{\"author\"}", "{\"author\":}", "{\"author\":\"a\"", "{\"author\":\"a\",}", "{\"author\":\"a\",\"body\":\"b\",}",
-                "{\"author\":\"a\",\"body\":\"b\"} x", "{\"author\":\"a\",\"body\":\"b\"}{\"author\":\"a\",\"body\":\"b\"}",
-                "{\"author\":\"a\" \"body\":\"b\"}", "{author:\"a\",body:\"b\"}", "{'author':'a','body':'b'}", "{\"author\":\"a\",\"body\":b}",
-                "{\"author\":\"a\",\"body\":\"b}", "{\"author\":\"a\",\"body\":\"\\x\"}", "{\"author\":\"a\",\"body\":\"\\u12\"}",
-                "{\"author\":\"a\",\"body\":\"\\uZZZZ\"}", "{\"author\":\"a\",\"body\":\"new\nline\"}", "{\"author\":\"a\",\"body\":\"\t\"}",
-                "{\"author\":\"a\",\"body\":\"b\",\"x\":NaN}", "{\"author\":\"a\",\"body\":\"b\",\"x\":01}", "{\"author\":\"a\",\"body\":\"b\",\"x\":.5}",
-                "{\"author\":\"a\",\"body\":\"b\",\"x\":True}", "{\"author\":\"a\";\"body\":\"b\"}", "{\"author\"=\"a\",\"body\"=\"b\"}",
-                "// no\n{\"author\":\"a\",\"body\":\"b\"}", "{/**/\"author\":\"a\",\"body\":\"b\"}", ")]}'\n{\"author\":\"a\",\"body\":\"b\"}",
-                "{\"author\":\"a\",\"author\":\"a\",\"body\":\"b\"}", "{\"author\":\"a\",\"body\":\"b\",\"body\":\"c\"}",
-                "author=a&body=b", "<message/>", "{\"author\":\"a\",\"body\":\"b\"}\u0000", "\u0000{\"author\":\"a\",\"body\":\"b\"}"})
+        @ParameterizedTest @ValueSource(strings = {"", " ", "{", "}", "{}}", "[", "[]", "null", "true", "1",
+                "\"text\"", "nonsense", "{]",
+                "{\"author\"}", "{\"author\":}", "{\"author\":\"a\"", "{\"author\":\"a\",}",
+                        "{\"author\":\"a\",\"body\":\"b\",}",
+                "{\"author\":\"a\",\"body\":\"b\"} x",
+                        "{\"author\":\"a\",\"body\":\"b\"}{\"author\":\"a\",\"body\":\"b\"}",
+                "{\"author\":\"a\" \"body\":\"b\"}", "{author:\"a\",body:\"b\"}", "{'author':'a','body':'b'}",
+                        "{\"author\":\"a\",\"body\":b}",
+                "{\"author\":\"a\",\"body\":\"b}", "{\"author\":\"a\",\"body\":\"\\x\"}",
+                        "{\"author\":\"a\",\"body\":\"\\u12\"}",
+                "{\"author\":\"a\",\"body\":\"\\uZZZZ\"}", "{\"author\":\"a\",\"body\":\"new\nline\"}",
+                        "{\"author\":\"a\",\"body\":\"\t\"}",
+                "{\"author\":\"a\",\"body\":\"b\",\"x\":NaN}", "{\"author\":\"a\",\"body\":\"b\",\"x\":01}",
+                        "{\"author\":\"a\",\"body\":\"b\",\"x\":.5}",
+                "{\"author\":\"a\",\"body\":\"b\",\"x\":True}", "{\"author\":\"a\";\"body\":\"b\"}",
+                        "{\"author\"=\"a\",\"body\"=\"b\"}",
+                "// no\n{\"author\":\"a\",\"body\":\"b\"}", "{/**/\"author\":\"a\",\"body\":\"b\"}",
+                        ")]}'\n{\"author\":\"a\",\"body\":\"b\"}",
+                "{\"author\":\"a\",\"author\":\"a\",\"body\":\"b\"}",
+                        "{\"author\":\"a\",\"body\":\"b\",\"body\":\"c\"}",
+                "author=a&body=b", "<message/>", "{\"author\":\"a\",\"body\":\"b\"}\u0000",
+                        "\u0000{\"author\":\"a\",\"body\":\"b\"}"})
         void is_refused_with_400(String json) { Servers.one().post(json).problem(400); }
 
-        @ParameterizedTest @ValueSource(strings = {"\\u0000", "a\\u0000b", "\\ud800", "\\udc00", "a\\ud83d", "\\ude42\\ud83d", "\\uD83D\\uD83D\\uDE42"})
+        @ParameterizedTest @ValueSource(strings = {"\\u0000", "a\\u0000b", "\\ud800", "\\udc00", "a\\ud83d",
+                "\\ude42\\ud83d", "\\uD83D\\uD83D\\uDE42"})
         void holds_a_nul_or_half_a_character(String text) {
             Servers.one().post("{\"author\":\"a\",\"body\":\"" + text + "\"}").problem(400);
             Servers.one().post("{\"author\":\"" + text + "\",\"body\":\"b\"}").problem(400);
@@ -294,9 +328,12 @@ class HttpTest {
         @Test void holds_a_raw_nul() { Servers.one().post("{\"author\":\"a\",\"body\":\"b\u0000c\"}").problem(400); }
 
         static List<byte[]> notUtf8() {
-            return List.of(new byte[] {(byte) 0xff}, new byte[] {(byte) 0xc0, (byte) 0x80}, new byte[] {(byte) 0xe2, (byte) 0x82},
-                    new byte[] {(byte) 0xed, (byte) 0xa0, (byte) 0x80}, new byte[] {(byte) 0xf4, (byte) 0x90, (byte) 0x80, (byte) 0x80},
-                    new byte[] {(byte) 0x80}, "naïve".getBytes(ISO_8859_1), new byte[] {(byte) 0xf8, (byte) 0x88, (byte) 0x80, (byte) 0x80, (byte) 0x80});
+            return List.of(new byte[] {(byte) 0xff}, new byte[] {(byte) 0xc0, (byte) 0x80},
+                    new byte[] {(byte) 0xe2, (byte) 0x82},
+                    new byte[] {(byte) 0xed, (byte) 0xa0, (byte) 0x80},
+                            new byte[] {(byte) 0xf4, (byte) 0x90, (byte) 0x80, (byte) 0x80},
+                    new byte[] {(byte) 0x80}, "naïve".getBytes(ISO_8859_1),
+                            new byte[] {(byte) 0xf8, (byte) 0x88, (byte) 0x80, (byte) 0x80, (byte) 0x80});
         }
 
         @ParameterizedTest @MethodSource("notUtf8") void is_not_utf_8(byte[] bytes) throws Exception {
@@ -307,16 +344,20 @@ class HttpTest {
             Servers.one().post(body.toByteArray()).problem(400);
         }
 
-        @Test void is_utf_16() { Servers.one().post(Caller.message("a", "b").getBytes(java.nio.charset.StandardCharsets.UTF_16)).problem(400); }
+        @Test void is_utf_16() { Servers.one().post(Caller.message("a", "b")
+                .getBytes(java.nio.charset.StandardCharsets.UTF_16)).problem(400); }
 
-        @ParameterizedTest @ValueSource(strings = {"[", "{\"a\":", "{\"author\":", "{\"author\":\"a\",\"body\":\"b\",\"x\":["})
+        @ParameterizedTest @ValueSource(strings = {"[", "{\"a\":", "{\"author\":",
+                "{\"author\":\"a\",\"body\":\"b\",\"x\":["})
         void is_very_deep(String layer) {
             boolean prefixed = layer.startsWith("{\"author\":\"a\"");
-            String deep = prefixed ? layer + "[".repeat(8_000) + "]".repeat(8_001) + "}" : layer.repeat(16_000 / layer.length());
+            String deep = prefixed ? layer + "[".repeat(8_000) + "]".repeat(8_001) + "}"
+                    : layer.repeat(16_000 / layer.length());
             Servers.one().post(deep).problem(400);
         }
 
-        @ParameterizedTest @ValueSource(strings = {"1", "true", "null", "[]", "{}", "[\"b\"]", "{\"text\":\"b\"}", "1e999999"})
+        @ParameterizedTest @ValueSource(strings = {"1", "true", "null", "[]", "{}", "[\"b\"]", "{\"text\":\"b\"}",
+                "1e999999"})
         void has_a_text_that_is_no_text(String value) {
             Answer answer = Servers.one().post("{\"author\":\"a\",\"body\":" + value + "}");
             answer.problem(answer.status() == 400 ? 400 : 422, "body");
@@ -331,25 +372,33 @@ class HttpTest {
     }
 
     @Nested class JSON_that_is_fine {
-        @ParameterizedTest @ValueSource(strings = {"{\"author\":\"a\",\"body\":\"b\",\"more\":1}", "{\"body\":\"b\",\"author\":\"a\"}",
+        @ParameterizedTest @ValueSource(strings = {"{\"author\":\"a\",\"body\":\"b\",\"more\":1}",
+                "{\"body\":\"b\",\"author\":\"a\"}",
                 "\r\n\t {\"author\" : \"a\" ,\n\"body\":\"b\"}\n", "{\"\\u0061uthor\":\"\\u0061\",\"body\":\"b\"}",
-                "{\"id\":7,\"instance\":\"x\",\"createdAt\":0,\"author\":\"a\",\"body\":\"b\",\"deep\":[[[{\"x\":[null,true,-1.5e3]}]]]}"})
+                "{\"id\":7,\"instance\":\"x\",\"createdAt\":0,\"author\":\"a\",\"body\":\"b\","
+                        + "\"deep\":[[[{\"x\":[null,true,-1.5e3]}]]]}"})
         void is_taken_and_what_is_unknown_left_alone(String json) {
             Answer answer = Servers.one().post(json).expect(201);
-            assertEquals(List.of("a", "b", "web1"), List.of(answer.text("author"), answer.text("body"), answer.text("instance")));
+            assertEquals(List.of("a", "b", "web1"), List.of(answer.text("author"), answer.text("body"),
+                    answer.text("instance")));
         }
 
-        @ParameterizedTest @ValueSource(strings = {"application/json", "application/json; charset=utf-8", "application/json;charset=UTF-8",
+        @ParameterizedTest @ValueSource(strings = {"application/json", "application/json; charset=utf-8",
+                "application/json;charset=UTF-8",
                 "Application/JSON", "application/json; charset=\"utf-8\"", "application/json ; charset=utf-8"})
         void may_be_called_so(String type) {
-            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type", type).expect(201);
+            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type",
+                    type).expect(201);
         }
 
-        @ParameterizedTest @ValueSource(strings = {"text/plain", "application/xml", "application/json-patch+json", "json", "*/*", ";", "application/",
-                "application/json; charset=iso-8859-1", "application/json; charset=utf-16", "multipart/form-data; boundary=x",
+        @ParameterizedTest @ValueSource(strings = {"text/plain", "application/xml", "application/json-patch+json",
+                "json", "*/*", ";", "application/",
+                "application/json; charset=iso-8859-1", "application/json; charset=utf-16",
+                        "multipart/form-data; boundary=x",
                 "application/octet-stream", "text/html, application/json"})
         void may_not_be_called_so(String type) {
-            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type", type).problem(415);
+            Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type",
+                    type).problem(415);
         }
 
         @Test void has_to_be_called_something() {
@@ -360,46 +409,71 @@ class HttpTest {
     @Nested class A_body {
         @Test void of_32_KiB_is_taken() { Servers.one().post(sized(BODY_MOST)).expect(201); }
 
+        /** Said by Content-Length alone; before a byte of it is sent, and without room being made for it. */
+        @ParameterizedTest @ValueSource(longs = {BODY_MOST + 1, 2_000_000_000L, 900_000_000_000_000_000L})
+        void that_says_it_is_huge_is_refused_at_once(long length) throws Exception {
+            Servers.one().raw(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: "
+                    + length)).problem(413);
+        }
+
+        /** As `json.dumps` of Python escapes it: 80 and 2,000 characters of two halves each. */
+        @Test void of_the_longest_message_fits_however_it_is_escaped() {
+            String half = "\\ud83d\\ude42";
+            Servers.one().post("{\"author\":\"" + half.repeat(80) + "\",\"body\":\"" + half.repeat(2_000) + "\"}")
+                    .expect(201);
+            Servers.one().form("author=" + "%F0%9F%99%82".repeat(80) + "&body=" + "%F0%9F%99%82".repeat(2_000))
+                    .expect(303);
+        }
+
         @Test void of_one_byte_more_is_too_large() { Servers.one().post(sized(BODY_MOST + 1)).problem(413); }
 
-        @ParameterizedTest @ValueSource(ints = {100_000, 1_000_000, 1_048_577, 10_000_000}) void that_is_huge_is_told_so(int size) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {100_000, 1_000_000, 1_048_577,
+                10_000_000}) void that_is_huge_is_told_so(int size) throws Exception {
             try (Wire wire = Servers.one().wire()) {
                 wire.push(post(sized(size)).getBytes(ISO_8859_1)).read().problem(413);
             }
             Servers.one().get("/healthz").expect(200);
         }
 
-        @ParameterizedTest @ValueSource(ints = {100_000, 10_000_000}) void that_is_huge_and_of_no_type_is_told_that(int size) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {100_000,
+                10_000_000}) void that_is_huge_and_of_no_type_is_told_that(int size) throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                String request = request("POST", "/api/messages", "Content-Type: text/plain", "Content-Length: " + size);
+                String request = request("POST", "/api/messages", "Content-Type: text/plain", "Content-Length: "
+                        + size);
                 Answer answer = wire.push((request + "x".repeat(size)).getBytes(UTF_8)).read();
                 answer.problem(answer.status() == 413 ? 413 : 415);
             }
         }
 
-        @ParameterizedTest @ValueSource(ints = {1, 100, 5_000, 20_000}) void may_come_in_chunks(int chunk) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {1, 100, 5_000,
+                20_000}) void may_come_in_chunks(int chunk) throws Exception {
             Servers.one().raw(chunked(sized(BODY_MOST), chunk)).expect(201);
         }
 
-        @ParameterizedTest @ValueSource(ints = {BODY_MOST + 1, 1_000_000, 3_000_000}) void in_chunks_may_not_be_larger_either(int size) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {BODY_MOST + 1, 1_000_000,
+                3_000_000}) void in_chunks_may_not_be_larger_either(int size) throws Exception {
             try (Wire wire = Servers.one().wire()) {
                 wire.push(chunked(sized(size), 8_000).getBytes(ISO_8859_1)).read().problem(413);
             }
         }
 
-        @ParameterizedTest @ValueSource(strings = {"xyz\r\n{}\r\n0\r\n\r\n", "-5\r\n{}\r\n0\r\n\r\n", "5\r\n{}0\r\n\r\n", "FFFFFFFFFFFFFFFFF\r\n{}\r\n",
+        @ParameterizedTest @ValueSource(strings = {"xyz\r\n{}\r\n0\r\n\r\n", "-5\r\n{}\r\n0\r\n\r\n",
+                "5\r\n{}0\r\n\r\n", "FFFFFFFFFFFFFFFFF\r\n{}\r\n",
                 "2\r\n{}garbage\r\n0\r\n\r\n"})
         void in_chunks_that_are_none_is_refused(String chunks) throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Transfer-Encoding: chunked") + chunks).end();
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json",
+                        "Transfer-Encoding: chunked") + chunks).end();
                 assertEquals(4, wire.read().status() / 100);
-            } catch (EOFException closed) { /* by Undertow, inside its reader of chunks, before anybody could answer */ }
+            } catch (EOFException closed) { /* by Undertow, inside its reader of chunks,
+                    before anybody could answer */ }
             Servers.one().get("/healthz").expect(200);
         }
 
         @Test void that_ends_too_early_is_refused() throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 500") + "{\"author\":\"a\"").end()
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 500")
+                        + "{\"author\":\"a\"").end()
                         .read().problem(400);
             }
         }
@@ -408,7 +482,8 @@ class HttpTest {
             String metric = "http_requests_in_flight";
             for (int i = 0; i < 300; i++)
                 try (Wire wire = Servers.one().wire()) {
-                    wire.send(i % 3 == 0 ? request("GET", "/") : i % 3 == 1 ? post(sized(200)).substring(0, 200) : post(sized(200)));
+                    wire.send(i % 3 == 0 ? request("GET", "/") : i % 3 == 1 ? post(sized(200)).substring(0, 200)
+                            : post(sized(200)));
                     if (i % 2 == 0) wire.socket.setSoLinger(true, 0);
                 }
             Wait.until("all are over but this one", () -> Servers.one().metric(metric) <= 1);
@@ -418,7 +493,8 @@ class HttpTest {
         @Test void is_asked_for_when_the_sender_waits_to_be_asked() throws Exception {
             byte[] body = sized(1_000);
             try (Wire wire = Servers.one().wire()) {
-                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 1000", "Expect: 100-continue"));
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 1000",
+                        "Expect: 100-continue"));
                 wire.read().expect(100);
                 wire.send(body).read().expect(201);
             }
@@ -426,7 +502,8 @@ class HttpTest {
 
         @Test void that_is_too_large_is_not_asked_for() throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 1000000", "Expect: 100-continue"))
+                wire.send(request("POST", "/api/messages", "Content-Type: application/json",
+                        "Content-Length: 1000000", "Expect: 100-continue"))
                         .read().problem(413);
             }
         }
@@ -441,14 +518,17 @@ class HttpTest {
     }
 
     @Nested class A_request {
-        @ParameterizedTest @ValueSource(strings = {"//", "///", "/?", "/?x", "/?=&&=", "/?a=1&a=2", "/?%00=%00", "/?limit=%F0%9F%99%82", "/api/messages?limit=1;before=2",
-                "/healthz;x=y", "/healthz/", "/api/messages?", "/api/messages?x=%ff", "/%zz", "/%", "/%f", "/healthz?%", "/\"<>", "/a|b", "/a\\b", "/#x", "/é"})
+        @ParameterizedTest @ValueSource(strings = {"//", "///", "/?", "/?x", "/?=&&=", "/?a=1&a=2", "/?%00=%00",
+                "/?limit=%F0%9F%99%82", "/api/messages?limit=1;before=2",
+                "/healthz;x=y", "/healthz/", "/api/messages?", "/api/messages?x=%ff", "/%zz", "/%", "/%f",
+                        "/healthz?%", "/\"<>", "/a|b", "/a\\b", "/#x", "/é"})
         void with_an_odd_path_is_answered_without_a_500(String path) throws Exception {
             Answer answer = Servers.one().raw(request("GET", path, "Connection: close"));
             assertTrue(Set.of(200, 400, 404).contains(answer.status()), "" + answer);
         }
 
-        @ParameterizedTest @ValueSource(ints = {2_000, 10_000, 30_000, 100_000}) void with_a_very_long_path_is_answered(int length) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {2_000, 10_000, 30_000,
+                100_000}) void with_a_very_long_path_is_answered(int length) throws Exception {
             try (Wire wire = Servers.one().wire()) {
                 Answer answer = wire.push(request("GET", "/" + "a".repeat(length)).getBytes(UTF_8)).read();
                 assertTrue(Set.of(400, 404, 414, 431).contains(answer.status()), "" + answer);
@@ -461,14 +541,17 @@ class HttpTest {
         }
 
         @Test void with_300_headers_is_answered() throws Exception {
-            String[] headers = Stream.iterate(1, n -> n + 1).limit(300).map(n -> "X-" + n + ": " + n).toArray(String[]::new);
+            String[] headers = Stream.iterate(1, n -> n + 1).limit(300).map(n -> "X-" + n + ": " + n)
+                    .toArray(String[]::new);
             Answer answer = Servers.one().raw(request("GET", "/healthz", headers));
             assertTrue(Set.of(200, 400, 431).contains(answer.status()), "" + answer);
         }
 
-        @ParameterizedTest @ValueSource(ints = {8_000, 64 * 1024, 1_000_000}) void with_a_very_long_header_is_answered(int length) throws Exception {
+        @ParameterizedTest @ValueSource(ints = {8_000, 64 * 1024,
+                1_000_000}) void with_a_very_long_header_is_answered(int length) throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                Answer answer = wire.push(request("GET", "/healthz", "X-Long: " + "a".repeat(length)).getBytes(UTF_8)).read();
+                Answer answer = wire.push(request("GET", "/healthz", "X-Long: " + "a".repeat(length)).getBytes(UTF_8))
+                        .read();
                 assertTrue((length < 10_000 ? Set.of(200) : Set.of(400, 431)).contains(answer.status()), "" + answer);
             }
         }
@@ -477,8 +560,10 @@ class HttpTest {
             assertEquals(400, Servers.one().raw("GET /healthz HTTP/1.1\r\n\r\n").status());
         }
 
-        @ParameterizedTest @ValueSource(strings = {"nonsense\r\n\r\n", "GET\r\n\r\n", "GET /\r\n\r\n", "GET / FTP/1.1\r\nHost: x\r\n\r\n",
-                "GET  /healthz  HTTP/1.1\r\nHost: x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost: x\r\n: empty\r\n\r\n",
+        @ParameterizedTest @ValueSource(strings = {"nonsense\r\n\r\n", "GET\r\n\r\n", "GET /\r\n\r\n",
+                "GET / FTP/1.1\r\nHost: x\r\n\r\n",
+                "GET  /healthz  HTTP/1.1\r\nHost: x\r\n\r\n", "GET /healthz HTTP/1.1\r\nHost x\r\n\r\n",
+                        "GET /healthz HTTP/1.1\r\nHost: x\r\n: empty\r\n\r\n",
                 "GET /healthz HTTP/1.1\r\nHost: x\r\nBad Name: y\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"})
         void that_is_no_http_is_refused(String text) throws Exception {
             try (Wire wire = Servers.one().wire()) {
@@ -487,11 +572,13 @@ class HttpTest {
             }
         }
 
-        @ParameterizedTest @ValueSource(strings = {"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT localhost:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        @ParameterizedTest @ValueSource(strings = {"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+                "CONNECT localhost:80 HTTP/1.1\r\nHost: x\r\n\r\n",
                 "TRACE / HTTP/1.1\r\nHost: x\r\nCookie: secret\r\n\r\n", "get / HTTP/1.1\r\nHost: x\r\n\r\n"})
         void with_an_odd_method_gets_no_500_and_no_echo(String text) throws Exception {
             Answer answer = Servers.one().raw(text);
-            assertTrue(answer.status() == 200 && text.startsWith("OPTIONS") || answer.status() == 204 || answer.status() / 100 == 4, "" + answer);
+            assertTrue(answer.status() == 200 && text.startsWith("OPTIONS") || answer.status() == 204
+                    || answer.status() / 100 == 4, "" + answer);
             assertFalse(answer.body().contains("secret"), "" + answer);
         }
 
@@ -508,7 +595,8 @@ class HttpTest {
 
         @Test void that_asks_to_close_is_closed() throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                assertEquals("close", wire.send(request("GET", "/", "Connection: close")).read().expect(200).header("connection"));
+                assertEquals("close", wire.send(request("GET", "/", "Connection: close")).read().expect(200)
+                        .header("connection"));
                 assertTrue(wire.isClosed());
             }
         }
@@ -516,7 +604,8 @@ class HttpTest {
         @Test void after_request_is_answered_in_turn_on_one_connection() throws Exception {
             byte[] body = sized(500);
             try (Wire wire = Servers.one().wire()) {
-                wire.send(request("GET", "/healthz") + post(body) + request("GET", "/nowhere") + post("{".getBytes(UTF_8))
+                wire.send(request("GET", "/healthz") + post(body) + request("GET", "/nowhere")
+                        + post("{".getBytes(UTF_8))
                         + request("GET", "/") + post(body) + request("GET", "/healthz"));
                 List<Integer> status = new ArrayList<>();
                 for (int i = 0; i < 7; i++) status.add(wire.read().status());
@@ -538,24 +627,32 @@ class HttpTest {
         private static final String INNER = "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
 
         static List<String> heads() {
-            return List.of("Content-Length: 4\r\nContent-Length: 40", "Content-Length: 4, 40", "Content-Length: -1", "Content-Length: abc",
-                    "Content-Length: 99999999999999999999", "Content-Length: +4", "Content-Length: 0x4", "Transfer-Encoding: xchunked", "Transfer-Encoding: gzip",
-                    "Transfer-Encoding: chunked, identity", "Transfer-Encoding : chunked", "Content-Length: 4\r\n Transfer-Encoding: chunked");
+            return List.of("Content-Length: 4\r\nContent-Length: 40", "Content-Length: 4, 40", "Content-Length: -1",
+                    "Content-Length: abc",
+                    "Content-Length: 99999999999999999999", "Content-Length: +4", "Content-Length: 0x4",
+                            "Transfer-Encoding: xchunked", "Transfer-Encoding: gzip",
+                    "Transfer-Encoding: chunked, identity", "Transfer-Encoding : chunked",
+                            "Content-Length: 4\r\n Transfer-Encoding: chunked");
         }
 
-        @ParameterizedTest @MethodSource("heads") void is_refused_if_its_length_is_in_doubt(String head) throws Exception {
+        @ParameterizedTest @MethodSource("heads")
+        void is_refused_if_its_length_is_in_doubt(String head) throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER)
+                Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                        + "application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER)
                         .end().read();
                 assertTrue(answer.status() / 100 == 4 || answer.status() == 501, "" + answer);
             }
         }
 
-        @ParameterizedTest @ValueSource(strings = {"Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5",
-                "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Transfer-Encoding: identity\r\nContent-Length: 5"})
+        @ParameterizedTest @ValueSource(strings = {"Content-Length: 5\r\nTransfer-Encoding: chunked",
+                "Transfer-Encoding: chunked\r\nContent-Length: 5",
+                "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+                        "Transfer-Encoding: identity\r\nContent-Length: 5"})
         void is_refused_or_ends_the_connection_if_two_lengths_are_given(String head) throws Exception {
             try (Wire wire = Servers.one().wire()) {
-                Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER).read();
+                Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                        + "application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER).read();
                 assertTrue(answer.status() / 100 == 4 || answer.status() == 501, "" + answer);
                 assertTrue(wire.isClosed(), "expected that the connection ends, actual: it went on");
             }

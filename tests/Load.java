@@ -69,9 +69,12 @@ public final class Load {
     private String command(String[] words) throws Exception {
         return switch (words[0]) {
             case "hello"       -> "hello";
+            case "via"         -> via(words);           // from now on through these hosts
             case "start"       -> start(words[1], Mode.valueOf(words[2]));
             case "mark"        -> mark();               // what was broken is well again: measure from here
             case "seen"        -> "instances=" + tally.answeredSince(now() - 1_000);
+            case "count"       -> "acknowledged=" + tally.acknowledged(); // what nobody may lose, so far
+            case "others"      -> others(Integer.parseInt(words[1])); // so many visits are not ours
             case "stop"        -> stop();
             case "everything"  -> everything();         // what the whole run stored, read back once more
             case "direct"      -> direct(words[1]);     // ask an instance without nginx, while it leaves
@@ -91,7 +94,7 @@ public final class Load {
     /** A dozen clients with a request each 30 ms: 400 a second. */
     private static final int CLIENTS = 12, PERIOD_MILLIS = 30;
     /** How long a client waits for one answer, and how long it goes on repeating one request. */
-    private static final int READ_MILLIS = 10_000, PATIENCE_MILLIS = 20_000;
+    private static final int READ_MILLIS = 10_000, PATIENCE_MILLIS = Integer.getInteger("patience", 20) * 1_000;
     private static final String AUTHOR = "test-failover";
     /** Outside ASCII, so that text damaged on the way is text lost. */
     private static final String TAIL = " \u00fc\u2603";
@@ -106,8 +109,10 @@ public final class Load {
         repeat
     }
 
-    private final String host, run;
+    private final String run;
     private final int port;
+    private String host;              // or several, joined by commas: who finds one closed takes the next
+    private List<String> sides;       // what `host` is for the first client, for the second, and so on in turns
     private final Ledger ledger = new Ledger();
     private final List<Client> clients = new ArrayList<>();
     private final StallWatch stalls = new StallWatch();
@@ -118,9 +123,17 @@ public final class Load {
 
     private Load(String host, int port, String run) {
         this.host = host;
+        this.sides = List.of(host);
         this.port = port;
         this.run = run;
         stalls.start();
+    }
+
+    /** Hosts, joined by commas, or several such lists: then each client belongs to one side. */
+    private String via(String[] words) {
+        sides = List.of(words).subList(1, words.length);
+        host = sides.getFirst();
+        return "via=" + host;
     }
 
     // --------------------------------------------------------------------------------------------------- Load
@@ -149,6 +162,11 @@ public final class Load {
         return "marked";
     }
 
+    private String others(int visits) {
+        tally.visitsOfOthers += visits;
+        return "others=" + tally.visitsOfOthers;
+    }
+
     /** Ends the load, reads back what it stored, and says how it went: `name=value` words, then details. */
     private String stop() throws Exception {
         awaitAnswers();
@@ -161,7 +179,8 @@ public final class Load {
             findings.counting.addAll(countingErrors(visitsTotal()));
             return how + " " + findings.report() + tally.details() + findings.details();
         } catch (IOException e) {
-            return how + " lost=? doubled=?" + tally.details() + "\n- what was stored can't be read back: " + e.getMessage();
+            return how + " lost=? doubled=?" + tally.details() + "\n- what was stored can't be read back: "
+                    + e.getMessage();
         }
     }
 
@@ -179,8 +198,8 @@ public final class Load {
         // moment a client has one request under way, and no case breaks instances more than three times.
         int countedTwice = tally.mode == Mode.planned ? 0 : 3 * CLIENTS;
         if (counted < tally.visitsTold) errors.add(counted + " visits counted, " + tally.visitsTold + " acknowledged");
-        if (counted > tally.visitsTried + countedTwice)
-            errors.add(counted + " visits counted, " + tally.visitsTried + " attempted");
+        if (counted > tally.visitsTried + tally.visitsOfOthers + countedTwice)
+            errors.add(counted + " visits counted, " + (tally.visitsTried + tally.visitsOfOthers) + " attempted");
         if (total < ledger.highestVisit) errors.add("total " + total + ", a client was told " + ledger.highestVisit);
         return errors;
     }
@@ -198,7 +217,8 @@ public final class Load {
             // Without repeats every second client has no key; with them every fourth, and that one doesn't repeat.
             keyless = number % (tally.mode == Mode.repeat ? 4 : 2) == 1;
             repeats = tally.mode == Mode.repeat && !keyless;
-            connection = new Connection(host, port, tally.mode == Mode.repeat ? 1_000 : READ_MILLIS);
+            int connectMillis = tally.mode == Mode.repeat || host.contains(",") ? 1_000 : READ_MILLIS;
+            connection = new Connection(sides.get(number % sides.size()), port, connectMillis);
         }
 
         @Override public void run() {
@@ -229,6 +249,7 @@ public final class Load {
                 tally.failed(request, "answered with another message: " + answer.body);
                 return;
             }
+            tally.messageStored();
             ownMessage = Long.parseLong(stored.group(1));
             ownText = text;
             ledger.acknowledged.put(text, ownMessage);
@@ -279,6 +300,7 @@ public final class Load {
                 attempt = new Attempt(null, e, began, now());
             }
             tally.add(request, attempt);
+            if (attempt.isUnkind()) tally.failed(request, attempt + " (it does not say when to come again)");
             return attempt;
         }
     }
@@ -295,6 +317,12 @@ public final class Load {
         /** A 4xx will be the same the next time, and 500 is not an answer to anything. */
         boolean mayBeRepeated() { return answer == null || answer.status >= 502 && answer.status <= 504; }
 
+        /** Refused for now, and not told for how long. */
+        boolean isUnkind() {
+            return answer != null && (answer.status == 503 || answer.status == 429)
+                    && answer.header("retry-after").equals("(none)");
+        }
+
         /** Good, but a part of it is missing: Redis is away, the visit was not counted. */
         boolean isDegraded() { return isGood() && answer.body.endsWith("\"visits\":null}"); }
 
@@ -308,7 +336,8 @@ public final class Load {
 
         @Override public String toString() {
             String time = LocalTime.now().truncatedTo(ChronoUnit.MILLIS) + " after " + (ended - began) + " ms: ";
-            return time + (answer == null ? failure.toString() : answer.status + " from " + answer.header("x-instance-id")
+            return time + (answer == null ? failure.toString() : answer.status + " from "
+                    + answer.header("x-instance-id")
                     + ", request " + answer.header("x-request-id") + " " + answer.body.lines().findFirst().orElse(""));
         }
     }
@@ -323,9 +352,10 @@ public final class Load {
         private final Map<String, Long> lastAnswerOf = new TreeMap<>();
         private final List<String> failures = new ArrayList<>(), countingErrors = new ArrayList<>();
         private final long began = now();
-        private int posts, visits, reads, good;
+        private int posts, visits, reads, good, stored;
         private long slowest, lastGood = began, longestGap, lastBad;
-        int visitsTried, visitsTold;
+        private long lastStored = began, withoutStoring, lastTold = began, withoutCounting;
+        int visitsTried, visitsTold, visitsOfOthers;
         volatile long marked = Long.MAX_VALUE;
         long ended;
 
@@ -353,8 +383,20 @@ public final class Load {
         }
 
         synchronized int good() { return good; }
+        synchronized int acknowledged() { return stored + visitsTold; }
+
+        synchronized void messageStored() {
+            stored++;
+            withoutStoring = Math.max(withoutStoring, now() - lastStored);
+            lastStored = now();
+        }
         synchronized void failed(Request request, String how) { failures.add(request + " at " + how); }
-        synchronized void visitTold() { visitsTold++; }
+        synchronized void visitTold() {
+            visitsTold++;
+            withoutCounting = Math.max(withoutCounting, now() - lastTold);
+            lastTold = now();
+        }
+
         synchronized void countingError(String error) { countingErrors.add(error); }
 
         /** How many different instances did. */
@@ -369,7 +411,10 @@ public final class Load {
             return "sent=" + (posts + visits + reads) + " posts=" + posts + " visits=" + visits + " reads=" + reads
                     + " rate=" + (posts + visits + reads) * 1000L / Math.max(1, ended - began)
                     + " outcomes=" + answers + " failed=" + failures.size() + " slowest=" + slowest
-                    + " gap=" + Math.max(longestGap, ended - lastGood) + (marked > ended ? "" : " back=" + back);
+                    + " gap=" + Math.max(longestGap, ended - lastGood)
+                    + " without-storing=" + Math.max(withoutStoring, ended - lastStored)
+                    + " without-counting=" + Math.max(withoutCounting, ended - lastTold)
+                    + (marked > ended ? "" : " back=" + back);
         }
 
         String details() { return Findings.lines("failed", failures); }
@@ -496,7 +541,8 @@ public final class Load {
     private String directStop() throws InterruptedException {
         directing = false;
         for (Direct direct : directs) direct.join();
-        List<String> cut = directs.stream().filter(d -> d.cut != null).map(d -> "idle " + d.idle + " ms: " + d.cut).toList();
+        List<String> cut = directs.stream().filter(d -> d.cut != null).map(d -> "idle " + d.idle + " ms: " + d.cut)
+                .toList();
         long firstTold = directs.stream().mapToLong(d -> d.firstTold).filter(time -> time > 0).min().orElse(0);
         long lastAnswer = directs.stream().mapToLong(d -> d.lastAnswer).max().orElse(0);
         return "answered=" + directs.stream().mapToInt(d -> d.answered).sum() + " cut=" + cut.size()
@@ -669,7 +715,8 @@ public final class Load {
      */
     private String forwarded() throws Exception {
         String path = "/" + run;
-        Request lie = new Request("GET", path).header("X-Forwarded-For", "203.0.113.7").header("X-Real-IP", "203.0.113.7")
+        Request lie = new Request("GET", path).header("X-Forwarded-For", "203.0.113.7")
+                .header("X-Real-IP", "203.0.113.7")
                 .header("Forwarded", "for=203.0.113.7").header("X-Forwarded-Proto", "https")
                 .header("X-Proxy-Request-Id", "203.0.113.7");
         try (ServerSocket listener = new ServerSocket(port)) {
@@ -684,14 +731,16 @@ public final class Load {
         }
     }
 
-    /** Answers requests for one path with their own head, and hangs up on others, which nginx then gives to the next. */
+    /** Answers requests for one path with their own head, and hangs up on others,
+            which nginx then gives to the next. */
     private static void echo(ServerSocket listener, String path) {
         while (!listener.isClosed()) {
             try (Socket socket = listener.accept()) {
                 String head = Connection.readHead(new BufferedInputStream(socket.getInputStream()));
                 if (!head.startsWith("GET " + path + " ")) continue;
                 String body = head.substring(head.indexOf("\r\n") + 2).toLowerCase();
-                socket.getOutputStream().write(("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: " + body.length()
+                socket.getOutputStream().write(("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: "
+                        + body.length()
                         + "\r\n\r\n" + body).getBytes(UTF_8));
             } catch (IOException e) { /* that one is gone; or we are done */ }
         }
@@ -719,7 +768,8 @@ public final class Load {
             return header("Content-Length", Integer.toString(body.length));
         }
 
-        String head(String host) { return method + " " + path + " HTTP/1.1\r\nHost: " + host + "\r\n" + headers + "\r\n"; }
+        String head(String host) { return method + " " + path + " HTTP/1.1\r\nHost: " + host + "\r\n" + headers
+                + "\r\n"; }
 
         @Override public String toString() { return method + " " + path; }
     }
@@ -729,21 +779,39 @@ public final class Load {
         boolean closes() { return header("connection").equalsIgnoreCase("close"); }
     }
 
-    /** One connection, opened when needed; what happens on it is told to the caller and never mended here. */
+    /**
+     * One connection, opened when needed; what happens on it is told to the caller and never mended here. Only where
+     * there are several hosts, one that can't be connected to is passed over, as a browser does with several addresses.
+     */
     private static final class Connection {
-        private final String host;
+        private static final AtomicInteger TURNS = new AtomicInteger();
+        private final String[] hosts;
         private final int port, connectMillis;
+        private String host;
+        private int turn = TURNS.getAndIncrement();
         private Socket socket;
         private InputStream in;
 
-        Connection(String host, int port, int connectMillis) {
-            this.host = host;
+        Connection(String hosts, int port, int connectMillis) {
+            this.hosts = hosts.split(",");
+            this.host = this.hosts[turn % this.hosts.length];
             this.port = port;
             this.connectMillis = connectMillis;
         }
 
         void open() throws IOException {
             if (socket != null) return;
+            for (int left = hosts.length; ; host = hosts[++turn % hosts.length]) {
+                try {
+                    connect();
+                    return;
+                } catch (IOException e) {
+                    if (--left == 0) throw e;
+                }
+            }
+        }
+
+        private void connect() throws IOException {
             Socket opening = new Socket();
             try {
                 opening.connect(new InetSocketAddress(InetAddress.getByName(host), port), connectMillis);
@@ -787,7 +855,8 @@ public final class Load {
             StringBuilder head = new StringBuilder();
             while (head.length() < 4 || head.lastIndexOf("\r\n\r\n") != head.length() - 4) {
                 int next = in.read();
-                if (next < 0) throw new EOFException(head.isEmpty() ? "closed without an answer" : "cut off in the head");
+                if (next < 0) throw new EOFException(head.isEmpty() ? "closed without an answer"
+                        : "cut off in the head");
                 head.append((char) next);
             }
             return head.toString();

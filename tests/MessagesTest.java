@@ -4,6 +4,7 @@ import org.junit.jupiter.api.AfterAll;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.MethodSource;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -33,14 +34,22 @@ import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Messages: stored once, to the character, and found again. */
+@ExtendWith(Evidence.class)
 class MessagesTest {
     static final String SMILE = "\uD83D\uDE42";
 
     static List<String> texts() {
-        return List.of("plain", "Zażółć gęślą jaźń", "Ελληνικά", "Русский", "עברית מימין", "العربية من اليمين", "हिन्दी", "ไทย", "中文字符", "日本語のテキスト",
-                "한국어", "𝔐𝔞𝔱𝔥 𐍈 𒀀", SMILE + "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇪🇺", "e\u0301 versus \u00e9", "a\u0308\u0323\u0301", "\u202Eright to left\u202C\u200F",
-                "zero\u200Bwidth\u200Djoiner\uFEFF", "  leading", "trailing \t ", "\n\nlines\nand\r\nlines\r", "tab\tand \u00a0 space", "\u2028\u2029",
-                "quotes \" ' ` \\ \\n \\u0041", "<script>alert(1)</script> &amp; & %41 + %", "'; DROP TABLE messages; --", "$1 {0} %s ${x} {{x}}", "{\"a\":[1]}", "{a,b,NULL}", "NULL", "\uFFFD \uFFFE \uFFFF \uD83F\uDFFF",
+        return List.of("plain", "Zażółć gęślą jaźń", "Ελληνικά", "Русский",
+                "עברית מימין", "العربية من اليمين",
+                "हिन्दी", "ไทย", "中文字符", "日本語のテキスト",
+                "한국어", "𝔐𝔞𝔱𝔥 𐍈 𒀀", SMILE + "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇪🇺", "e\u0301 versus \u00e9",
+                "a\u0308\u0323\u0301",
+                        "\u202Eright to left\u202C\u200F",
+                "zero\u200Bwidth\u200Djoiner\uFEFF", "  leading", "trailing \t ", "\n\nlines\nand\r\nlines\r",
+                        "tab\tand \u00a0 space", "\u2028\u2029",
+                "quotes \" ' ` \\ \\n \\u0041", "<script>alert(1)</script> &amp; & %41 + %",
+                        "'; DROP TABLE messages; --", "$1 {0} %s ${x} {{x}}", "{\"a\":[1]}", "{a,b,NULL}", "NULL",
+                                "\uFFFD \uFFFE \uFFFF \uD83F\uDFFF",
                 "\u0001\u0008\u001b[31m\u007f\u0085", "0", "-", ".");
     }
 
@@ -52,17 +61,20 @@ class MessagesTest {
     }
 
     static List<Long> ids(JsonObject page) {
-        return page.getAsJsonArray("messages").asList().stream().map(one -> one.getAsJsonObject().get("id").getAsLong()).toList();
+        return page.getAsJsonArray("messages").asList().stream()
+                .map(one -> one.getAsJsonObject().get("id").getAsLong()).toList();
     }
 
-    static String next(JsonObject page) { return page.get("next").isJsonNull() ? null : page.get("next").getAsString(); }
+    static String next(JsonObject page) { return page.get("next").isJsonNull() ? null : page.get("next")
+            .getAsString(); }
 
     @Nested class A_text {
         static List<String> texts() { return MessagesTest.texts(); }
 
         @ParameterizedTest @MethodSource("texts") void comes_back_exactly_as_it_was_sent(String text) {
             String author = text.strip().isEmpty() ? "white" : text;
-            Answer sent = Servers.one().say(author, text + "!").expect(201), read = Servers.three().get(1).get(sent.header("location")).expect(200);
+            Answer sent = Servers.one().say(author, text + "!").expect(201), read = Servers.three().get(1)
+                    .get(sent.header("location")).expect(200);
             assertEquals(author, sent.text("author"));
             assertEquals(text + "!", sent.text("body"));
             assertEquals(sent.json(), read.json());
@@ -82,12 +94,14 @@ class MessagesTest {
         }
 
         @Test void may_be_escaped_in_json() {
-            assertEquals("é" + SMILE + "/\n", Servers.one().post("{\"author\":\"a\",\"body\":\"\\u00e9\\uD83D\\uDE42\\/\\n\"}").expect(201).text("body"));
+            assertEquals("é" + SMILE + "/\n", Servers.one()
+                    .post("{\"author\":\"a\",\"body\":\"\\u00e9\\uD83D\\uDE42\\/\\n\"}").expect(201).text("body"));
         }
     }
 
     @Nested class An_author {
-        @ParameterizedTest @ValueSource(strings = {"a", "é", SMILE, "字"}) void has_80_characters_at_most(String character) {
+        @ParameterizedTest @ValueSource(strings = {"a", "é", SMILE,
+                "字"}) void has_80_characters_at_most(String character) {
             Servers.one().say(character.repeat(80), "b").expect(201);
             Servers.one().say(character.repeat(81), "b").problem(422, "author");
             Servers.one().form("author=" + encoded(character.repeat(80)) + "&body=b").expect(303);
@@ -101,14 +115,16 @@ class MessagesTest {
     }
 
     @Nested class A_body {
-        @ParameterizedTest @ValueSource(strings = {"b", "é", SMILE, "字"}) void has_2000_characters_at_most(String character) {
+        @ParameterizedTest @ValueSource(strings = {"b", "é", SMILE,
+                "字"}) void has_2000_characters_at_most(String character) {
             Servers.one().say("a", character.repeat(2_000)).expect(201);
             Servers.one().say("a", character.repeat(2_001)).problem(422, "body");
         }
     }
 
     @Nested class A_field {
-        @ParameterizedTest @ValueSource(strings = {"", " ", "\n", " \t\r\n ", "\u2003\u3000"}) void that_is_empty_is_named(String empty) {
+        @ParameterizedTest @ValueSource(strings = {"", " ", "\n", " \t\r\n ",
+                "\u2003\u3000"}) void that_is_empty_is_named(String empty) {
             Servers.one().say(empty, "b").problem(422, "author");
             Servers.one().say("a", empty).problem(422, "body");
             Servers.one().say(empty, empty).problem(422, "author", "body");
@@ -138,10 +154,12 @@ class MessagesTest {
 
         @Test void is_in_the_database_when_it_is_acknowledged() {
             Answer sent = Servers.one().say("ann", "durable").expect(201);
-            assertEquals(List.of("durable"), Servers.sql(Servers.database(), "SELECT body FROM messages WHERE id = " + sent.id()));
+            assertEquals(List.of("durable"), Servers.sql(Servers.database(), "SELECT body FROM messages WHERE id = "
+                    + sent.id()));
         }
 
-        @ParameterizedTest @ValueSource(strings = {"0", "-1", "999999999999999999", "9223372036854775807", "9223372036854775808", "99999999999999999999999", "abc", "1.0", "1e3",
+        @ParameterizedTest @ValueSource(strings = {"0", "-1", "999999999999999999", "9223372036854775807",
+                "9223372036854775808", "99999999999999999999999", "abc", "1.0", "1e3",
                 "+1", "01", "%31%20", "0x1", "null", "%00", "1%00", "..", "%2e%2e", "١", "%D9%A1", "1,2", "*"})
         void is_not_found_under_an_odd_id(String id) throws Exception {
             Answer answer = Servers.one().raw(HttpTest.request("GET", "/api/messages/" + id));
@@ -171,7 +189,8 @@ class MessagesTest {
             assertEquals(all.subList(20, 25), ids(page("?" + next(page).split("\\?")[1])));
         }
 
-        @ParameterizedTest @ValueSource(ints = {1, 7, 24, 25, 26, 100}) void walked_page_by_page_shows_each_once(int limit) {
+        @ParameterizedTest @ValueSource(ints = {1, 7, 24, 25, 26,
+                100}) void walked_page_by_page_shows_each_once(int limit) {
             List<Long> seen = new ArrayList<>();
             int pages = 0;
             for (String path = "/api/messages?limit=" + limit; path != null; pages++) {
@@ -191,10 +210,13 @@ class MessagesTest {
             assertEquals(all.subList(0, 2), ids(page("?limit=2&before=" + (all.getFirst() + 1_000))));
         }
 
-        @ParameterizedTest @ValueSource(strings = {"limit=0", "limit=101", "limit=-1", "limit=abc", "limit=", "limit", "limit=1.5", "limit=%2B5", "limit=99999999999999999999",
-                "limit=%00", "limit=%D9%A1", "limit=1%202", "before=abc", "before=", "before=-1", "before=0x1", "before=99999999999999999999", "before=1&limit=x", "limit=5&before=%00"})
+        @ParameterizedTest @ValueSource(strings = {"limit=0", "limit=101", "limit=-1", "limit=abc", "limit=",
+                "limit", "limit=1.5", "limit=%2B5", "limit=99999999999999999999",
+                "limit=%00", "limit=%D9%A1", "limit=1%202", "before=abc", "before=", "before=-1", "before=0x1",
+                        "before=99999999999999999999", "before=1&limit=x", "limit=5&before=%00"})
         void refuses_a_parameter_out_of_range(String query) {
-            board.get("/api/messages?" + query).problem(400, query.contains("limit=5") || !query.contains("limit") ? "before" : "limit");
+            board.get("/api/messages?" + query).problem(400, query.contains("limit=5") || !query.contains("limit")
+                    ? "before" : "limit");
         }
 
         @Test void takes_the_edges_of_the_range() {
@@ -209,22 +231,26 @@ class MessagesTest {
             for (int i = 0; i < 30; i++) mine.addFirst(busy.say("pager", "mine " + i).expect(201).id());
             Callable<Set<Long>> walk = () -> {
                 List<Long> seen = new ArrayList<>();
-                for (String path = "/api/messages?limit=3"; path != null && (seen.isEmpty() || seen.getLast() > start); ) {
+                for (String path = "/api/messages?limit=3"; path != null
+                        && (seen.isEmpty() || seen.getLast() > start); ) {
                     JsonObject page = Servers.three().get(1).get(path).expect(200).json();
                     seen.addAll(ids(page));
                     path = next(page);
                 }
-                assertEquals(seen.stream().distinct().sorted(Comparator.reverseOrder()).toList(), seen, "each once, newest first");
+                assertEquals(seen.stream().distinct().sorted(Comparator.reverseOrder()).toList(), seen,
+                        "each once, newest first");
                 return new HashSet<>(seen);
             };
             Callable<Set<Long>> write = () -> {
                 for (int i = 0; i < 60; i++) Servers.three().get(2).say("pager", "meanwhile " + i).expect(201);
                 return new HashSet<>(mine);
             };
-            for (Set<Long> seen : Wait.together(List.of(walk, write, walk))) assertTrue(seen.containsAll(mine), "expected " + mine + ", actual: " + seen);
+            for (Set<Long> seen : Wait.together(List.of(walk, write, walk))) assertTrue(seen.containsAll(mine),
+                    "expected " + mine + ", actual: " + seen);
         }
 
-        @ParameterizedTest @ValueSource(ints = {0, 1, 2, 3, 10}) void has_what_another_instance_stored_however_often_it_was_read_before(int times) {
+        @ParameterizedTest @ValueSource(ints = {0, 1, 2, 3,
+                10}) void has_what_another_instance_stored_however_often_it_was_read_before(int times) {
             Instance reader = Servers.three().get(1), writer = Servers.three().get(2);
             for (int i = 0; i < times; i++) reader.get("/api/messages?limit=2").expect(200);
             for (int i = 0; i < 3; i++) {
@@ -240,7 +266,8 @@ class MessagesTest {
                 questions.add(() -> ids(page("?limit=" + limit + "&before=" + all.get(from))));
             }
             List<List<Long>> answers = Wait.together(questions);
-            for (int i = 0; i < 60; i++) assertEquals(all.subList(i % 20 + 1, Math.min(25, i % 20 + 2 + i % 7)), answers.get(i), "question " + i);
+            for (int i = 0; i < 60; i++) assertEquals(all.subList(i % 20 + 1, Math.min(25, i % 20 + 2 + i % 7)),
+                    answers.get(i), "question " + i);
         }
     }
 
@@ -259,7 +286,8 @@ class MessagesTest {
 
         @Test void that_is_older_keeps_what_is_in_it() {
             String database = Servers.newDatabase();
-            try (Instance one = new Instance("older", Servers.environment(database))) { one.say("a", "from before").expect(201); }
+            try (Instance one = new Instance("older", Servers.environment(database))) {
+                    one.say("a", "from before").expect(201); }
             try (Instance two = new Instance("newer", Servers.environment(database))) {
                 assertEquals("from before", stored(two, "").getFirst().text("body"));
             }
@@ -276,40 +304,50 @@ class MessagesTest {
         }
 
         @Test void may_name_its_charset() {
-            Servers.one().send("POST", "/api/messages", "author=a&body=b".getBytes(UTF_8), "Content-Type", Caller.FORM + "; charset=UTF-8").expect(303);
+            Servers.one().send("POST", "/api/messages", "author=a&body=b".getBytes(UTF_8), "Content-Type",
+                    Caller.FORM + "; charset=UTF-8").expect(303);
         }
 
         @Test void in_multipart_is_not_understood() {
             String body = "--x\r\nContent-Disposition: form-data; name=\"author\"\r\n\r\na\r\n--x--\r\n";
-            Servers.one().send("POST", "/api/messages", body.getBytes(UTF_8), "Content-Type", "multipart/form-data; boundary=x").problem(415);
+            Servers.one().send("POST", "/api/messages", body.getBytes(UTF_8), "Content-Type",
+                    "multipart/form-data; boundary=x").problem(415);
         }
 
         @Test void keeps_what_was_typed_when_a_browser_got_it_wrong() {
-            Answer page = Servers.one().form("author=" + encoded("<Ann & \"Bob\">") + "&body=" + "b".repeat(2_001), BROWSER).expect(422);
+            Answer page = Servers.one().form("author=" + encoded("<Ann & \"Bob\">") + "&body=" + "b".repeat(2_001),
+                    BROWSER).expect(422);
             assertTrue(page.header("content-type").startsWith("text/html"), "" + page);
-            assertTrue(page.body().contains("&lt;Ann &amp; ") && page.body().contains("b".repeat(2_001)) && !page.body().contains("<Ann"), "" + page);
+            assertTrue(page.body().contains("&lt;Ann &amp; ") && page.body().contains("b".repeat(2_001))
+                    && !page.body().contains("<Ann"), "" + page);
             assertEquals("web1", page.header("x-instance-id"));
-            Answer empty = Servers.one().form("author=&body=" + encoded("a text that took an hour"), BROWSER).expect(422);
+            Answer empty = Servers.one().form("author=&body=" + encoded("a text that took an hour"), BROWSER)
+                    .expect(422);
             assertTrue(empty.body().contains("a text that took an hour"), "" + empty);
         }
 
         @Test void of_a_program_gets_a_problem() { Servers.one().form("author=a&body=").problem(422, "body"); }
 
-        @ParameterizedTest @ValueSource(strings = {"%", "%4", "%zz", "%u0041", "a%", "%%", "%-1", "%+1", "% 1"}) void with_bad_percent_encoding_is_refused(String text) {
+        @ParameterizedTest @ValueSource(strings = {"%", "%4", "%zz", "%u0041", "a%", "%%", "%-1", "%+1",
+                "% 1"}) void with_bad_percent_encoding_is_refused(String text) {
             Servers.one().form("author=a&body=x" + text).problem(400);
-            assertTrue(Servers.one().form("author=a&body=x" + text, BROWSER).expect(400).header("content-type").startsWith("text/html"));
+            assertTrue(Servers.one().form("author=a&body=x" + text, BROWSER).expect(400).header("content-type")
+                    .startsWith("text/html"));
         }
 
-        @ParameterizedTest @ValueSource(strings = {"%ff", "%c0%80", "%e2%82", "%ed%a0%80", "%80", "%f4%90%80%80", "%00", "a%00b"}) void with_bytes_that_are_no_text_is_refused(String text) {
+        @ParameterizedTest @ValueSource(strings = {"%ff", "%c0%80", "%e2%82", "%ed%a0%80", "%80", "%f4%90%80%80",
+                "%00", "a%00b"}) void with_bytes_that_are_no_text_is_refused(String text) {
             Servers.one().form("author=a&body=x" + text).problem(400);
             Servers.one().form("author=x" + text + "&body=b").problem(400);
         }
 
         @Test void with_raw_bytes_that_are_no_utf_8_is_refused() {
-            Servers.one().send("POST", "/api/messages", "author=a&body=naïve".getBytes(ISO_8859_1), "Content-Type", Caller.FORM).problem(400);
+            Servers.one().send("POST", "/api/messages", "author=a&body=naïve".getBytes(ISO_8859_1), "Content-Type",
+                    Caller.FORM).problem(400);
         }
 
-        @ParameterizedTest @ValueSource(strings = {"naïve", "日本語", SMILE, "mixed é and %C3%A9"}) void with_raw_utf_8_as_curl_sends_it_is_understood(String text) {
+        @ParameterizedTest @ValueSource(strings = {"naïve", "日本語", SMILE,
+                "mixed é and %C3%A9"}) void with_raw_utf_8_as_curl_sends_it_is_understood(String text) {
             Servers.one().form("author=raw&body=" + text).expect(303);
             assertEquals(text.replace("%C3%A9", "é"), stored(Servers.one(), "?limit=1").getFirst().text("body"));
         }
@@ -319,7 +357,8 @@ class MessagesTest {
             Servers.one().form("author=a&author=a&body=b").problem(400);
         }
 
-        @ParameterizedTest @ValueSource(strings = {"author=a&body=b&more=1", "&&author=a&&body=b&", "x&author=a&body=b&=", "body=b&author=a"}) void with_more_fields_is_taken(String form) {
+        @ParameterizedTest @ValueSource(strings = {"author=a&body=b&more=1", "&&author=a&&body=b&",
+                "x&author=a&body=b&=", "body=b&author=a"}) void with_more_fields_is_taken(String form) {
             Servers.one().form(form).expect(303);
         }
 
@@ -328,16 +367,30 @@ class MessagesTest {
             assertEquals("1+1=2 =\r\n&", stored(Servers.one(), "?limit=1").getFirst().text("body"));
         }
 
-        @Test void that_is_too_large_is_told_so() { Servers.one().form("author=a&body=" + "x".repeat(40_000)).problem(413); }
+        @Test void that_is_too_large_is_told_so() { Servers.one().form("author=a&body=" + "x".repeat(40_000))
+                .problem(413); }
 
         @Test void with_a_key_is_stored_once() {
             String key = UUID.randomUUID().toString();
-            for (Instance instance : Servers.three()) instance.form("author=keyed&body=" + key, "Idempotency-Key", key).expect(303);
-            assertEquals(1, stored(Servers.one(), "?limit=100").stream().filter(one -> one.text("body").equals(key)).count());
+            for (Instance instance : Servers.three()) instance.form("author=keyed&body=" + key, "Idempotency-Key",
+                    key).expect(303);
+            assertEquals(1, stored(Servers.one(), "?limit=100").stream().filter(one -> one.text("body").equals(key))
+                    .count());
         }
     }
 
     @Nested class The_page {
+        @Test void takes_no_half_of_a_character() {
+            for (String half : List.of("\\ud83d", "\\ude42", "\\ude42\\ud83d"))
+                Servers.one().post("{\"author\":\"a\",\"body\":\"" + half + "\"}").problem(400);
+        }
+
+        @Test void keeps_a_bare_carriage_return() { // which a browser would take for a line end
+            Servers.one().say("a", "one\rtwo").expect(201);
+            String page = Servers.one().get("/", "Accept", "text/html").expect(200).body();
+            assertTrue(page.contains("one&#13;two"), page);
+        }
+
         @Test void shows_messages_as_text_and_not_as_html() {
             Servers.one().say("<b>eve</b>", "<script>alert('x')</script>\"'&").expect(201);
             Answer page = Servers.one().get("/", "Accept", "text/html");
@@ -398,8 +451,10 @@ class MessagesTest {
                     senders.add(() -> instance.say("a", key, KEY, key));
                 }
                 List<Answer> answers = Wait.together(senders);
-                assertEquals(List.of(1L, 49L), List.of(answers.stream().filter(answer -> answer.status() == 201).count(),
-                        answers.stream().filter(answer -> answer.status() == 200 && "true".equals(answer.header("idempotency-replayed"))).count()));
+                assertEquals(List.of(1L, 49L), List.of(answers.stream().filter(answer -> answer.status() == 201)
+                        .count(),
+                        answers.stream().filter(answer -> answer.status() == 200
+                                && "true".equals(answer.header("idempotency-replayed"))).count()));
                 assertEquals(1, answers.stream().map(Answer::json).distinct().count());
                 assertEquals(1, count(key));
             }
@@ -427,7 +482,8 @@ class MessagesTest {
             Servers.one().raw(HttpTest.post(body, KEY + ": " + key)).problem(400, KEY);
         }
 
-        @ParameterizedTest @ValueSource(strings = {"!", "~", "\"quoted\"", "c:x", "p:x", "a,b", "';--", "%00", "{a}"}) void may_be_any_visible_ascii(String key) {
+        @ParameterizedTest @ValueSource(strings = {"!", "~", "\"quoted\"", "c:x", "p:x", "a,b", "';--", "%00",
+                "{a}"}) void may_be_any_visible_ascii(String key) {
             String unique = key + key().substring(0, 8);
             Servers.one().say("a", unique, KEY, unique).expect(201);
             Servers.three().get(1).say("a", unique, KEY, unique).expect(200);
@@ -442,7 +498,8 @@ class MessagesTest {
 
         @Test void of_the_proxy_stores_once_and_is_answered_as_if_it_were_the_first_time() {
             String id = key();
-            Answer first = Servers.one().say("a", id, PROXY, id).expect(201), second = Servers.three().get(1).say("a", id, PROXY, id).expect(201);
+            Answer first = Servers.one().say("a", id, PROXY, id).expect(201), second = Servers.three().get(1)
+                    .say("a", id, PROXY, id).expect(201);
             assertEquals(first.json(), second.json());
             assertNull(second.header("idempotency-replayed"));
             assertEquals(1, count(id));
@@ -452,7 +509,8 @@ class MessagesTest {
             String key = key();
             long first = Servers.one().say("a", "client", KEY, key).expect(201).id();
             long second = Servers.one().say("a", "proxy", PROXY, key).expect(201).id();
-            long third = Servers.one().say("a", "client, by way of the proxy", KEY, key + "2", PROXY, key).expect(201).id();
+            long third = Servers.one().say("a", "client, by way of the proxy", KEY, key + "2", PROXY, key).expect(201)
+                    .id();
             assertEquals(3, Set.of(first, second, third).size());
             for (String forged : List.of("p:" + key, "c:" + key, "s:" + key))
                 Servers.one().say("a", "forged", KEY, forged).expect(201);
@@ -460,12 +518,14 @@ class MessagesTest {
 
         @Test void is_not_needed_to_send_the_same_text_twice() {
             String text = key();
-            assertNotEquals(Servers.one().say("a", text).expect(201).id(), Servers.one().say("a", text).expect(201).id());
+            assertNotEquals(Servers.one().say("a", text).expect(201).id(), Servers.one().say("a", text).expect(201)
+                    .id());
         }
 
         @Test void and_others_in_opposite_order_on_two_instances_do_not_block_each_other() throws Exception {
             for (int round = 0; round < 5; round++) {
-                List<String> keys = new ArrayList<>(Stream.generate(An_idempotency_key::key).limit(60).toList()), reversed = new ArrayList<>(keys);
+                List<String> keys = new ArrayList<>(Stream.generate(An_idempotency_key::key).limit(60).toList()),
+                        reversed = new ArrayList<>(keys);
                 Collections.reverse(reversed);
                 List<Callable<Answer>> senders = new ArrayList<>();
                 for (int i = 0; i < 60; i++) {

@@ -18,9 +18,7 @@ import org.junit.jupiter.api.MethodOrderer;
 import org.junit.jupiter.api.Order;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.TestMethodOrder;
-import org.junit.platform.engine.discovery.DiscoverySelectors;
-import org.junit.platform.launcher.core.LauncherDiscoveryRequestBuilder;
-import org.junit.platform.launcher.core.LauncherFactory;
+import org.junit.jupiter.api.extension.ExtendWith;
 
 import java.util.HashMap;
 import java.util.List;
@@ -42,20 +40,10 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
  *   ./jbang tests/OpenApiTest.java
  * </pre>
  */
+@ExtendWith(Evidence.class)
 @TestMethodOrder(MethodOrderer.OrderAnnotation.class)
 class OpenApiTest {
-    public static void main(String[] arguments) throws Exception {
-        System.setProperty("java.io.tmpdir", Servers.FOLDER.toString());
-        Evidence.collect();
-        Report report = new Report();
-        LauncherFactory.create().execute(LauncherDiscoveryRequestBuilder.request()
-                .selectors(DiscoverySelectors.selectClass(OpenApiTest.class))
-                .configurationParameter("junit.jupiter.displayname.generator.default",
-                        "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores")
-                .configurationParameter("junit.jupiter.execution.timeout.default", "60 s").build(), report);
-        Servers.close();
-        System.exit(report.summary());
-    }
+    public static void main(String[] arguments) { ServiceTest.run(List.of(OpenApiTest.class)); }
 
     /** What only a crowd can provoke: more requests than may wait. EventsTest and HttpTest see to those. */
     private static final Set<String> NOT_PROVOKED = Set.of("get / 503", "get /api/events 503");
@@ -133,8 +121,10 @@ class OpenApiTest {
         Caller one = Servers.one();
         String location = one.say("Ada", "to be read").expect(201).header("location");
         one.say("Ada", "to be on the page before").expect(201);
-        assertTrue(described("get", "/api/messages", one.get("/api/messages?limit=1")).json().get("next").isJsonPrimitive());
-        assertTrue(described("get", "/api/messages", one.get("/api/messages?before=1")).json().get("next").isJsonNull());
+        assertTrue(described("get", "/api/messages", one.get("/api/messages?limit=1")).json().get("next")
+                .isJsonPrimitive());
+        assertTrue(described("get", "/api/messages", one.get("/api/messages?before=1")).json().get("next")
+                .isJsonNull());
         described("get", "/api/messages", one.get("/api/messages?limit=101"));
         described("get", "/api/messages/{id}", one.get(location));
         described("get", "/api/messages/{id}", one.get("/api/messages/999999999999999999"));
@@ -142,7 +132,8 @@ class OpenApiTest {
 
     @Test @Order(2) void is_right_about_operation() {
         Caller one = Servers.one();
-        for (String path : List.of("/healthz", "/readyz", "/metrics", "/openapi.json")) described("get", path, one.get(path));
+        for (String path : List.of("/healthz", "/readyz", "/metrics", "/openapi.json")) described("get", path,
+                one.get(path));
         described("get", "/metrics", one.get("/metrics", "X-Forwarded-For", "192.0.2.1"));
     }
 
@@ -270,7 +261,8 @@ class OpenApiTest {
 
     private static void eachOperation(BiConsumer<String, JsonObject> action) {
         document.getAsJsonObject("paths").entrySet().forEach(path -> path.getValue().getAsJsonObject().entrySet()
-                .forEach(method -> action.accept(method.getKey() + " " + path.getKey(), method.getValue().getAsJsonObject())));
+                .forEach(method -> action.accept(method.getKey() + " " + path.getKey(), method.getValue()
+                        .getAsJsonObject())));
     }
 
     private static void each(JsonElement element, String pointer, BiConsumer<String, JsonObject> action) {

@@ -1,6 +1,7 @@
 import com.google.gson.JsonObject;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.EnumSource;
 import redis.clients.jedis.Jedis;
@@ -37,6 +38,7 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What an instance does while PostgreSQL or Redis is away, when it comes back, and when it leaves itself. */
+@ExtendWith(Evidence.class)
 class OutageTest {
     static final String KEY = "Idempotency-Key";
 
@@ -81,7 +83,8 @@ class OutageTest {
         long begun = System.nanoTime();
         Answer answer = request.call();
         long millis = (System.nanoTime() - begun) / 1_000_000;
-        assertTrue(millis < Wait.PROMISED.toMillis(), "expected an answer within 2 s, actual: after " + millis + " ms " + answer);
+        assertTrue(millis < Wait.PROMISED.toMillis(), "expected an answer within 2 s, actual: after " + millis
+                + " ms " + answer);
         return answer;
     }
 
@@ -89,7 +92,8 @@ class OutageTest {
     static Map<String, Integer> threads() {
         Map<String, Integer> count = new TreeMap<>();
         for (Thread thread : Thread.getAllStackTraces().keySet())
-            if (!thread.getName().matches("(HttpClient|ForkJoinPool|VirtualThread|test-|junit|Read-Poller|Write-Poller|Keep-Alive|Thread-|pool-|Cleaner|process |Common-Cleaner|PostgreSQL-JDBC).*"))
+            if (!thread.getName().matches("(HttpClient|ForkJoinPool|VirtualThread|test-|junit|Read-Poller"
+                    + "|Write-Poller|Keep-Alive|Thread-|pool-|Cleaner|process |Common-Cleaner|PostgreSQL-JDBC).*"))
                 count.merge(thread.getName(), 1, Integer::sum);
         return count;
     }
@@ -121,7 +125,8 @@ class OutageTest {
             try (Wired wired = new Wired("lone")) {
                 for (int i = 0; i < 3; i++) {
                     wired.redis.cut();
-                    Wait.until("visits are null", Wait.PROMISED, () -> wired.instance.get("/").expect(200).json().get("visits").isJsonNull());
+                    Wait.until("visits are null", Wait.PROMISED, () -> wired.instance.get("/").expect(200).json()
+                            .get("visits").isJsonNull());
                     wired.redis.mend();
                     Wait.until("it counts again", Wait.PROMISED, () -> wired.instance.visits() > 0);
                 }
@@ -148,17 +153,20 @@ class OutageTest {
                 while (!cutting.isDone()) {
                     Answer answer = wired.instance.get("/").expect(200);
                     if (answer.json().get("visits").isJsonNull()) continue;
-                    assertTrue(numbers.add(answer.json().get("visits").getAsLong()), "a number of its own in " + answer);
+                    assertTrue(numbers.add(answer.json().get("visits").getAsLong()), "a number of its own in "
+                            + answer);
                     counted.incrementAndGet();
                 }
                 cutting.get(30, TimeUnit.SECONDS);
-                Wait.until("all that was acknowledged is counted", () -> wired.instance.total() >= before + numbers.size());
+                Wait.until("all that was acknowledged is counted", () -> wired.instance.total() >= before
+                        + numbers.size());
             }
         }
     }
 
     @Nested class While_PostgreSQL_is_away {
-        @ParameterizedTest @EnumSource(Trouble.class) void messages_are_unavailable_and_the_rest_works(Trouble how) throws Exception {
+        @ParameterizedTest @EnumSource(Trouble.class)
+        void messages_are_unavailable_and_the_rest_works(Trouble how) throws Exception {
             try (Wired wired = new Wired("lone")) {
                 Instance instance = wired.instance;
                 String key = UUID.randomUUID().toString();
@@ -176,11 +184,13 @@ class OutageTest {
                 Answer ready = inTime(() -> instance.get("/readyz")).expect(503);
                 assertEquals("down", ready.json().getAsJsonObject("dependencies").get("postgres").getAsString());
                 wired.postgres.mend();
-                Wait.until("messages are stored again", Wait.PROMISED, () -> instance.say("a", "back", KEY, "back").status() / 100 == 2);
+                Wait.until("messages are stored again", Wait.PROMISED, () -> instance.say("a", "back", KEY, "back")
+                        .status() / 100 == 2);
                 Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").status() == 200);
                 assertEquals("kept", instance.get(stored.header("location")).expect(200).text("body"));
                 assertEquals(2, instance.say("a", "not stored", KEY, key).status() / 100);
-                assertEquals(List.of("1"), Servers.sql(wired.database, "SELECT count(*) FROM messages WHERE body = 'not stored'"));
+                assertEquals(List.of("1"), Servers.sql(wired.database,
+                        "SELECT count(*) FROM messages WHERE body = 'not stored'"));
             }
         }
 
@@ -190,7 +200,8 @@ class OutageTest {
                     wired.postgres.cut();
                     Wait.until("it is not ready", Wait.PROMISED, () -> wired.instance.get("/readyz").status() == 503);
                     wired.postgres.mend();
-                    Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages").status() == 200);
+                    Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages")
+                            .status() == 200);
                 }
             }
         }
@@ -203,7 +214,8 @@ class OutageTest {
                 List<Callable<Answer>> requests = new ArrayList<>();
                 for (int i = 0; i < 200; i++) {
                     int n = i;
-                    requests.add(() -> inTime(() -> n % 2 == 0 ? wired.instance.say("a", "in a crowd") : wired.instance.get("/api/messages")));
+                    requests.add(() -> inTime(() -> n % 2 == 0 ? wired.instance.say("a", "in a crowd")
+                            : wired.instance.get("/api/messages")));
                 }
                 CompletableFuture<List<Answer>> answers = Wait.meanwhile(() -> Wait.together(requests));
                 Wait.until("all are answered", () -> {
@@ -223,7 +235,8 @@ class OutageTest {
                 CompletableFuture<?> owner = Wait.meanwhile(() ->
                         Servers.sql(wired.database, "BEGIN; LOCK TABLE messages; SELECT pg_sleep(5); COMMIT"));
                 Wait.until("it is locked", () -> !Servers.sql(wired.database,
-                        "SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'messages'::regclass").isEmpty());
+                        "SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = "
+                                + "'messages'::regclass").isEmpty());
                 CompletableFuture<?> reader = Wait.meanwhile(() -> {
                     for (int i = 0; i < 3; i++) inTime(() -> wired.instance.get("/api/messages").unavailable());
                     return null;
@@ -231,8 +244,10 @@ class OutageTest {
                 int counted = 0;
                 for (; !owner.isDone(); counted++) inTime(() -> wired.instance.get("/").expect(200));
                 reader.get();
-                assertTrue(counted > 100, "visits in 5 s while messages were locked: expected more than 100, saw " + counted);
-                Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages").status() == 200);
+                assertTrue(counted > 100, "visits in 5 s while messages were locked: expected more than 100, saw "
+                        + counted);
+                Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages")
+                        .status() == 200);
             }
         }
 
@@ -256,7 +271,8 @@ class OutageTest {
                 instance.get("/readyz").expect(503);
                 wired.redis.mend();
                 wired.postgres.mend();
-                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").expect(200).text("status").equals("ready"));
+                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").expect(200).text("status")
+                        .equals("ready"));
                 instance.say("a", "in time").expect(201);
                 assertTrue(instance.visits() > 0);
             }
@@ -264,7 +280,8 @@ class OutageTest {
     }
 
     @Nested class A_message_whose_connection_is_lost {
-        @ParameterizedTest @EnumSource(Trouble.class) void between_its_statement_and_the_answer_is_stored_once(Trouble retry) throws Exception {
+        @ParameterizedTest @EnumSource(Trouble.class)
+        void between_its_statement_and_the_answer_is_stored_once(Trouble retry) throws Exception {
             try (Wired wired = new Wired("loser")) {
                 String body = "lost " + UUID.randomUUID();
                 wired.postgres.loseAnswerTo(body);
@@ -273,7 +290,8 @@ class OutageTest {
                 assertTrue(wired.postgres.hasLost(), "the answer of PostgreSQL was lost");
                 // Under a key of its own, an instance that asks again can't know whether it was not another one before.
                 answer.expect(key.length == 0 ? 201 : answer.status() == 200 ? 200 : 201);
-                assertEquals(List.of("" + answer.id()), Servers.sql(wired.database, "SELECT id FROM messages WHERE body = '" + body + "'"));
+                assertEquals(List.of("" + answer.id()), Servers.sql(wired.database,
+                        "SELECT id FROM messages WHERE body = '" + body + "'"));
             }
         }
 
@@ -297,17 +315,22 @@ class OutageTest {
                 Callable<Void> killer = () -> {
                     for (int i = 0; i < 40; i++) {
                         int seen = acknowledged.size();
-                        Servers.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'threefold victim'");
+                        Servers.sql("postgres",
+                                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name "
+                                        + "= 'threefold victim'");
                         if (i % 8 == 0) Wait.until("some more are stored", () -> acknowledged.size() > seen + 5);
                     }
                     over.complete(null);
                     return null;
                 };
-                Wait.together(List.of(writer, writer, writer, writer, () -> { try { return killer.call(); } finally { over.complete(null); } }));
-                Set<String> stored = new HashSet<>(Servers.sql(wired.database, "SELECT body || ' ' || id FROM messages WHERE body LIKE 'k%'"));
+                Wait.together(List.of(writer, writer, writer, writer, () -> {
+                        try { return killer.call(); } finally { over.complete(null); } }));
+                Set<String> stored = new HashSet<>(Servers.sql(wired.database,
+                        "SELECT body || ' ' || id FROM messages WHERE body LIKE 'k%'"));
                 List<String> all = Servers.sql(wired.database, "SELECT body FROM messages WHERE body LIKE 'k%'");
                 assertEquals(all.stream().distinct().count(), all.size(), "each once");
-                acknowledged.forEach((key, id) -> assertTrue(stored.contains(key + ' ' + id), "expected " + key + " as " + id));
+                acknowledged.forEach((key, id) -> assertTrue(stored.contains(key + ' ' + id), "expected " + key
+                        + " as " + id));
                 assertEquals(acknowledged.keySet(), new HashSet<>(all), "acknowledged and stored");
             }
         }
@@ -322,32 +345,39 @@ class OutageTest {
         @Test void first_is_not_ready_then_refuses_then_finishes_what_it_began() throws Exception {
             Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
             environment.put("DRAIN_MILLIS", "1500");
-            try (Instance instance = new Instance("leaver", environment); Wire slow = instance.wire(); Wire idle = instance.wire();
+            try (Instance instance = new Instance("leaver", environment); Wire slow = instance.wire();
+                    Wire idle = instance.wire();
                  EventsTest.Viewer viewer = new EventsTest.Viewer(instance, "")) {
                 instance.awaitReady();
                 idle.send(HttpTest.request("GET", "/healthz")).read().expect(200);
                 byte[] request = HttpTest.post(HttpTest.sized(1_000)).getBytes(UTF_8);
                 slow.send(java.util.Arrays.copyOf(request, 500));
-                Wait.until("it has begun", () -> instance.metric("http_requests_in_flight") >= 3); // the slow one, the viewer, this
+                Wait.until("it has begun", () -> instance.metric("http_requests_in_flight") >= 3);
+                        // the slow one, the viewer, this
                 CompletableFuture<Instance> leaving = Wait.meanwhile(() -> leave(instance));
 
                 Wait.until("it is not ready", () -> instance.raw(HttpTest.request("GET", "/readyz")).status() == 503);
                 Answer ready = instance.raw(HttpTest.request("GET", "/readyz")).expect(503);
                 assertEquals("draining", ready.text("status"));
                 for (Answer still : List.of(idle.send(HttpTest.request("GET", "/")).read().expect(200), ready,
-                        instance.raw(HttpTest.post(HttpTest.sized(100))).expect(201), instance.raw(HttpTest.request("GET", "/api/messages")).expect(200)))
+                        instance.raw(HttpTest.post(HttpTest.sized(100))).expect(201),
+                                instance.raw(HttpTest.request("GET", "/api/messages")).expect(200)))
                     assertEquals("close", still.header("connection"), "" + still);
                 assertTrue(idle.isClosed());
                 assertFalse(viewer.hasEnded(), "the stream goes on until the port closes");
 
                 Wait.until("the port is closed", () -> {
-                    try (Wire wire = instance.wire()) { return false; } catch (ConnectException e) { return true; }
+                    try {
+                        instance.wire().close();
+                        return false;
+                    } catch (ConnectException e) { return true; }
                 });
                 assertFalse(leaving.isDone(), "it waits for what it began");
                 slow.send(java.util.Arrays.copyOfRange(request, 500, request.length)).read().expect(201);
                 Wait.until("the stream ended", viewer::hasEnded);
                 leaving.get(10, TimeUnit.SECONDS);
-                Wait.until("it says so", () -> Evidence.all().stream().anyMatch(line -> line.contains("\"event\":\"stopped\",\"inFlight\":0")));
+                Wait.until("it says so", () -> Evidence.all().stream()
+                        .anyMatch(line -> line.contains("\"event\":\"stopped\",\"inFlight\":0")));
             }
         }
 
@@ -361,24 +391,56 @@ class OutageTest {
                     instance.get("/", "Accept", "text/html").expect(200);
                 }
             Wait.until("its threads are gone", () -> {
-                threads().forEach((name, count) -> assertTrue(count <= before.getOrDefault(name, 0), name + " in " + threads() + ", before: " + before));
+                threads().forEach((name, count) -> assertTrue(count <= before.getOrDefault(name, 0), name + " in "
+                        + threads() + ", before: " + before));
                 return true;
             });
             try (Jedis jedis = Servers.jedis()) {
-                Wait.until("its connections to Redis are gone", () -> !jedis.clientList().contains("threefold-tidy"));
+                Wait.until("its connections to Redis are gone", () -> {
+                    assertEquals("", jedis.clientList().lines().filter(line -> line.contains("threefold-tidy"))
+                            .collect(java.util.stream.Collectors.joining("; ")));
+                    return true;
+                });
             }
             Wait.until("its connections to PostgreSQL are gone", () -> {
-                assertEquals(List.of("0"), Servers.sql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'threefold tidy'"));
+                assertEquals(List.of("0"), Servers.sql("postgres",
+                        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'threefold tidy'"));
                 return true;
             });
         }
 
         @Test void does_not_wait_for_ever_for_a_request_that_does_not_end() throws Exception {
-            try (Instance instance = new Instance("patient", Servers.environment(Servers.newDatabase())); Wire slow = instance.wire()) {
+            try (Instance instance = new Instance("patient", Servers.environment(Servers.newDatabase()));
+                    Wire slow = instance.wire()) {
                 instance.awaitReady();
                 slow.send(HttpTest.post(HttpTest.sized(1_000)).substring(0, 500));
                 Wait.until("it has begun", () -> instance.metric("http_requests_in_flight") >= 2);
                 Wait.meanwhile(() -> leave(instance)).get(15, TimeUnit.SECONDS);
+            }
+        }
+    }
+
+    @Nested class Readers_who_do_not_read {
+        /** All bytes that wait for them count to one bound: beyond it, who asks for much is told to come again. */
+        @Test void cost_others_a_page_but_not_the_service() throws Exception {
+            try (Instance board = new Instance("rude", Servers.environment(Servers.newDatabase()))) {
+                String longest = MessagesTest.SMILE.repeat(2_000);
+                for (int i = 0; i < 100; i++) board.say("a", longest).expect(201);
+                List<Wire> readers = new ArrayList<>();
+                try {
+                    for (int i = 0; i < 60; i++) {
+                        readers.add(new Wire(board.port, 4_096));
+                        readers.getLast().send(HttpTest.request("GET", "/api/messages?limit=100"));
+                    }
+                    Wait.until("there is no more room", () -> board.get("/api/messages?limit=100").status() == 503);
+                    board.get("/api/messages?limit=100").unavailable();
+                    assertTrue(board.metric("held_bytes") <= 16 * 1024 * 1024, "held: " + board.metric("held_bytes"));
+                    board.get("/api/messages?limit=1").expect(200);
+                    board.say("a", "still stored").expect(201);
+                } finally {
+                    for (Wire reader : readers) reader.close();
+                }
+                Wait.until("there is room again", () -> board.get("/api/messages?limit=100").status() == 200);
             }
         }
     }
@@ -421,7 +483,8 @@ class OutageTest {
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 51);
                 assertEquals(List.of(1, 50), sizes);
-                assertEquals(IntStream.rangeClosed(0, 50).mapToObj(n -> n + ":" + 2 * n).toList(), new ArrayList<>(answers));
+                assertEquals(IntStream.rangeClosed(0, 50).mapToObj(n -> n + ":" + 2 * n).toList(),
+                        new ArrayList<>(answers));
             }
         }
 
@@ -430,7 +493,8 @@ class OutageTest {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
                 batcher.offer(0, Runnable::run, (a, failure) -> answers.add("" + a));
                 busy.await();
-                for (int n : List.of(1, -1, 2)) batcher.offer(n, Runnable::run, (a, failure) -> answers.add(a + " " + failure.getMessage()));
+                for (int n : List.of(1, -1, 2)) batcher.offer(n, Runnable::run, (a, failure) ->
+                        answers.add(a + " " + failure.getMessage()));
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 4);
                 assertEquals(List.of("0", "null unlucky", "null unlucky", "null unlucky"), new ArrayList<>(answers));
@@ -439,12 +503,45 @@ class OutageTest {
             }
         }
 
+        @Test void goes_on_after_an_error_that_is_no_exception() throws Exception {
+            try (var batcher = new Batcher<Integer, Integer>("erring", 10, sizes::add, (batch, mayWait) -> {
+                if (batch.contains(-1)) throw new StackOverflowError();
+                return batch;
+            })) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                for (int n : List.of(-1, 7, -1, 8)) {
+                    batcher.offer(n, Runnable::run, (a, failure) -> answers.add(a + " " + failure));
+                    assertEquals(n < 0 ? "null java.lang.StackOverflowError" : n + " null",
+                            answers.poll(5, TimeUnit.SECONDS));
+                }
+            }
+        }
+
+        /** A connection is opened by the batcher's own thread: an I/O thread has others to serve. */
+        @Test void does_itself_what_an_IO_thread_may_not_wait_for() throws Exception {
+            try (var batcher = new Batcher<Integer, String>("waiting", 10, sizes::add, (batch, mayWait) -> {
+                if (!mayWait && batch.contains(-1)) throw new Batcher.NotHere();
+                return batch.stream().map(n -> Thread.currentThread().getName()).toList();
+            })) {
+                LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
+                for (int i = 0; i < 3; i++) {
+                    batcher.offer(1, Runnable::run, (a, failure) -> answers.add(a));
+                    answers.poll(5, TimeUnit.SECONDS);
+                }
+                batcher.offer(1, Runnable::run, (a, failure) -> answers.add(a));
+                assertEquals(Thread.currentThread().getName(), answers.poll(5, TimeUnit.SECONDS));
+                batcher.offer(-1, Runnable::run, (a, failure) -> answers.add(a));
+                assertEquals("waiting", answers.poll(5, TimeUnit.SECONDS));
+            }
+        }
+
         @Test void turns_away_what_is_more_than_may_wait() throws Exception {
             try (var batcher = doubling(5)) {
                 AtomicInteger answered = new AtomicInteger();
                 batcher.offer(0, Runnable::run, (a, failure) -> answered.incrementAndGet());
                 busy.await();
-                for (int i = 1; i <= 5; i++) assertTrue(batcher.offer(i, Runnable::run, (a, failure) -> answered.incrementAndGet()), "" + i);
+                for (int i = 1; i <= 5; i++) assertTrue(batcher.offer(i, Runnable::run, (a, failure) ->
+                        answered.incrementAndGet()), "" + i);
                 assertFalse(batcher.offer(6, Runnable::run, (a, failure) -> answered.addAndGet(100)));
                 gate.countDown();
                 Wait.until("those that were taken are answered", () -> answered.get() == 6);
@@ -475,7 +572,8 @@ class OutageTest {
         /** An I/O thread, as far as a batcher knows one; counts how often the batcher wakes it. */
         private static final class Home implements Executor, AutoCloseable {
             final AtomicInteger wakeUps = new AtomicInteger();
-            private final ExecutorService thread = Executors.newSingleThreadExecutor(work -> new Thread(work, "test-home"));
+            private final ExecutorService thread = Executors.newSingleThreadExecutor(work -> new Thread(work,
+                    "test-home"));
 
             @Override public void execute(Runnable work) {
                 if (Thread.currentThread().getName().equals("doubling")) wakeUps.incrementAndGet();
@@ -492,14 +590,16 @@ class OutageTest {
                 busy.await();
                 for (Home home : List.of(one, two))
                     home.thread.submit(() -> {
-                        for (int i = 1; i <= 10; i++) batcher.offer(i, home, (a, failure) -> answers.add(Thread.currentThread().getName() + a));
+                        for (int i = 1; i <= 10; i++) batcher.offer(i, home, (a, failure) ->
+                                answers.add(Thread.currentThread().getName() + a));
                     }).get();
                 for (Home home : List.of(one, two)) home.thread.submit(() -> {}).get(); // its turn is over
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 20);
                 assertEquals(List.of(1, 20), sizes);
                 assertEquals(List.of(1, 1), List.of(one.wakeUps.get(), two.wakeUps.get()));
-                assertTrue(answers.stream().allMatch(answer -> answer.startsWith("test-home")), "each on its own thread: " + answers);
+                assertTrue(answers.stream().allMatch(answer -> answer.startsWith("test-home")),
+                        "each on its own thread: " + answers);
             }
         }
 
@@ -528,12 +628,15 @@ class OutageTest {
         @Test void are_told_to_come_again_and_all_get_an_answer() throws Exception {
             try (Wired wired = new Wired("full")) {
                 wired.postgres.hang();
-                List<Callable<Answer>> requests = Collections.nCopies(1_300, () -> wired.instance.get("/api/messages?limit=1"));
+                List<Callable<Answer>> requests = Collections.nCopies(1_300, () ->
+                        wired.instance.get("/api/messages?limit=1"));
                 Map<Integer, Integer> byStatus = new TreeMap<>();
-                for (Answer answer : Wait.together(requests)) byStatus.merge(answer.unavailable().status(), 1, Integer::sum);
+                for (Answer answer : Wait.together(requests)) byStatus.merge(answer.unavailable().status(), 1,
+                        Integer::sum);
                 assertEquals(Map.of(503, 1_300), byStatus);
                 wired.postgres.mend();
-                Wait.until("it serves again", Wait.PROMISED, () -> wired.instance.get("/api/messages?limit=1").status() == 200);
+                Wait.until("it serves again", Wait.PROMISED, () -> wired.instance.get("/api/messages?limit=1")
+                        .status() == 200);
             }
         }
     }

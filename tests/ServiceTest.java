@@ -1,24 +1,18 @@
 ///usr/bin/env jbang "$0" "$@" ; exit $?
 //JAVA 21+
 //DEPS org.junit.jupiter:junit-jupiter:6.1.3
-//DEPS org.junit.platform:junit-platform-launcher:6.1.3
+//DEPS org.junit.platform:junit-platform-console:6.1.3
 //SOURCES ../Service.java
-//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java OutageTest.java EmbeddedTest.java
+//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java
+//SOURCES OutageTest.java StoresTest.java EmbeddedTest.java
 
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
 import org.junit.jupiter.api.AssertionFailureBuilder;
-import org.junit.platform.engine.FilterResult;
-import org.junit.platform.engine.TestExecutionResult;
-import org.junit.platform.engine.discovery.DiscoverySelectors;
-import org.junit.platform.engine.support.descriptor.MethodSource;
-import org.junit.platform.launcher.LauncherDiscoveryRequest;
-import org.junit.platform.launcher.PostDiscoveryFilter;
-import org.junit.platform.launcher.TestExecutionListener;
-import org.junit.platform.launcher.TestIdentifier;
-import org.junit.platform.launcher.TestPlan;
-import org.junit.platform.launcher.core.LauncherDiscoveryRequestBuilder;
-import org.junit.platform.launcher.core.LauncherFactory;
+import org.junit.jupiter.api.extension.BeforeEachCallback;
+import org.junit.jupiter.api.extension.ExtensionContext;
+import org.junit.jupiter.api.extension.TestWatcher;
+import org.junit.platform.console.ConsoleLauncher;
 import redis.clients.jedis.Jedis;
 
 import java.io.BufferedReader;
@@ -28,6 +22,7 @@ import java.io.IOException;
 import java.io.InputStream;
 import java.io.InputStreamReader;
 import java.io.OutputStream;
+import java.io.PrintWriter;
 import java.io.UncheckedIOException;
 import java.lang.management.ManagementFactory;
 import java.net.InetAddress;
@@ -82,100 +77,39 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  *   ./jbang tests/ServiceTest.java NAME ...    those whose class or method name contains NAME
  * </pre>
  *
- * Here: the list of subjects, the runner, and what the tests are written with. What they don't need: Docker, nginx, a
+ * Here: the list of subjects, and what the tests are written with. What they don't need: Docker, nginx, a
  * port that is free. Those are for tests/ of the stack.
  */
 final class ServiceTest {
     static final List<Class<?>> SUBJECTS = List.of(ConfigurationTest.class, HttpTest.class, MessagesTest.class,
-            EventsTest.class, OutageTest.class, EmbeddedTest.class);
+            EventsTest.class, OutageTest.class, StoresTest.class, EmbeddedTest.class);
 
-    public static void main(String[] names) throws Exception {
+    public static void main(String[] names) { run(SUBJECTS, names); }
+
+    static void run(List<Class<?>> subjects, String... names) {
         System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // what libraries unpack goes with it
         Evidence.collect();
-        Report report = new Report();
-        LauncherFactory.create().execute(request(names), report);
+        List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
+                "--details=tree",
+                "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
+                + ".generator.default=org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
+                "--config", "junit.jupiter.execution.timeout.default=60 s"));
+        for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
+        for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
+        int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err),
+                arguments.toArray(String[]::new))
+                .getExitCode();
         Servers.close();
-        System.exit(report.summary());
-    }
-
-    private static LauncherDiscoveryRequest request(String[] names) {
-        return LauncherDiscoveryRequestBuilder.request()
-                .selectors(SUBJECTS.stream().map(DiscoverySelectors::selectClass).toList())
-                .configurationParameter("junit.jupiter.displayname.generator.default",
-                        "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores")
-                .configurationParameter("junit.jupiter.execution.timeout.default", "60 s")
-                .filters((PostDiscoveryFilter) test -> FilterResult.includedIf(names.length == 0
-                        || !(test.getSource().orElse(null) instanceof MethodSource source)
-                        || Stream.of(names).anyMatch(name -> named(source, name))))
-                .build();
-    }
-
-    private static boolean named(MethodSource source, String name) {
-        String test = (source.getClassName() + ' ' + source.getMethodName()).toLowerCase();
-        return test.contains(name.toLowerCase()) || test.contains(name.toLowerCase().replace(' ', '_'));
+        System.exit(code);
     }
 }
 
-/** Says what passed, line by line, and of what failed why, with the log lines of the services meanwhile. */
-final class Report implements TestExecutionListener {
-    private final long started = System.nanoTime();
-    private final Map<String, Long> begun = new HashMap<>();
-    private final List<String> failures = new ArrayList<>();
-    private TestPlan plan;
-    private int passed;
-
-    @Override public void testPlanExecutionStarted(TestPlan plan) { this.plan = plan; }
-
-    @Override public void executionStarted(TestIdentifier test) {
-        begun.put(test.getUniqueId(), System.nanoTime());
-        if (test.isTest()) Evidence.clear();
-        else if (test.getSource().isPresent() && !(test.getSource().get() instanceof MethodSource))
-            System.out.println("  ".repeat(depth(test)) + test.getDisplayName());
-    }
-
-    @Override public void executionFinished(TestIdentifier test, TestExecutionResult result) {
-        boolean good = result.getStatus() == TestExecutionResult.Status.SUCCESSFUL;
-        if (test.isTest() && good) passed++;
-        if (test.isTest() || !good)
-            System.out.printf("%s%s %s (%d ms)%n", "  ".repeat(depth(test)), good ? "ok  " : "FAIL", test.getDisplayName(),
-                    (System.nanoTime() - begun.get(test.getUniqueId())) / 1_000_000);
-        if (!good) explain(test, result.getThrowable().orElseGet(() -> new AssertionError("it was " + result)));
-    }
-
-    private void explain(TestIdentifier test, Throwable why) {
-        failures.add(plan.getParent(test).map(TestIdentifier::getDisplayName).orElse("") + ": " + test.getDisplayName());
-        System.out.println(cut(why.toString(), 3_000).indent(8).stripTrailing());
-        Stream.of(why.getStackTrace()).filter(at -> at.getClassName().contains("Test") && at.getFileName() != null
-                        && at.getFileName().endsWith("Test.java") && !at.getFileName().equals("ServiceTest.java"))
-                .limit(3).forEach(at -> System.out.println("        at " + at));
-        for (Throwable also : why.getSuppressed()) System.out.println("        and: " + cut(also.toString(), 500));
-        System.out.println("        the log, last lines:");
-        Evidence.last(20).forEach(line -> System.out.println("          " + cut(line, 500)));
-    }
-
-    /** Prints the outcome; a run in which nothing ran is no success. */
-    int summary() {
-        failures.forEach(failure -> System.out.println("FAIL  " + failure));
-        if (passed + failures.size() == 0) System.out.println("no test has that name");
-        System.out.printf("took %d s%n", (System.nanoTime() - started) / 1_000_000_000);
-        System.out.printf("%d passed, %d failed%n", passed, failures.size());
-        return failures.isEmpty() && passed > 0 ? 0 : 1;
-    }
-
-    private int depth(TestIdentifier test) {
-        return plan.getParent(test).map(parent -> 1 + depth(parent)).orElse(-1);
-    }
-
-    private static String cut(String text, int most) {
-        return text.length() <= most ? text : text.substring(0, most) + " ... (" + text.length() + " characters)";
-    }
-}
-
-/** What the services logged: those in this process, and the output of those started as programs. */
-final class Evidence {
+/** What the services logged, shown for a test that failed: those in this process, and those started as programs. */
+final class Evidence implements BeforeEachCallback, TestWatcher {
     private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
 
-    /** Takes the lines where the service's own writer would; that one is never started here, so they stay off the screen. */
+    /** Takes the lines where the service's own writer would; that one is never started here,
+            so they stay off the screen. */
     static void collect() {
         Thread.ofPlatform().name("test-evidence").daemon().start(() -> {
             try {
@@ -193,6 +127,13 @@ final class Evidence {
         });
     }
 
+    @Override public void beforeEach(ExtensionContext context) { clear(); }
+
+    @Override public void testFailed(ExtensionContext context, Throwable why) {
+        System.out.println("FAIL  " + context.getDisplayName() + ": " + why + "\n  the log, last lines:");
+        last(20).forEach(line -> System.out.println("    " + line.substring(0, Math.min(line.length(), 500))));
+    }
+
     static void add(String line) {
         LINES.add(line);
         while (LINES.size() > 5_000) LINES.poll();
@@ -202,7 +143,8 @@ final class Evidence {
 
     static List<String> all() { return new ArrayList<>(LINES); }
 
-    /** The last lines; of those that differ in time and request only, as asking again and again makes them, the last. */
+    /** The last lines; of those that differ in time and request only, as asking again and again makes them,
+            the last. */
     static List<String> last(int count) {
         LinkedHashMap<String, String> different = new LinkedHashMap<>();
         for (String line : all()) different.putLast(line.replaceAll("\"(time|request)\":\"[^\"]*\",", ""), line);
@@ -212,7 +154,8 @@ final class Evidence {
 
 /**
  * The one pair of PostgreSQL and Redis that all tests share, and three instances in front of it. All that a run leaves
- * lies in one folder. A guard, a shell at the other end of a pipe, clears up when this process is gone, even by kill -9.
+ * lies in one folder. A guard, a shell at the other end of a pipe, clears up when this process is gone, even by kill
+ * -9.
  */
 final class Servers {
     static final Path FOLDER = folder();
@@ -233,16 +176,19 @@ final class Servers {
                 [ -f "$file" ] && pid=$(head -n 1 "$file") && kill -QUIT "$pid" && kill -CONT "$pid"
             done
             for exe in /proc/[0-9]*/exe; do # on Linux also those that a broken service has lost sight of
-                case $(readlink "$exe") in "$0"/*) pid=${exe#/proc/}; kill -QUIT "${pid%/exe}"; kill -CONT "${pid%/exe}" ;; esac
+                case $(readlink "$exe") in "$0"/*) ;; *) continue ;; esac
+                pid=${exe#/proc/}; kill -QUIT "${pid%/exe}"; kill -CONT "${pid%/exe}"
             done
             for try in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && exit; sleep 1; done
             """;
 
     private static Path folder() {
         try {
-            Path folder = Path.of(System.getProperty("java.io.tmpdir"), "threefold-test-" + ProcessHandle.current().pid());
+            Path folder = Path.of(System.getProperty("java.io.tmpdir"), "threefold-test-" + ProcessHandle.current()
+                    .pid());
             Files.createDirectories(folder);
-            guard = new ProcessBuilder("sh", "-c", GUARD, folder.toString()).redirectOutput(ProcessBuilder.Redirect.DISCARD)
+            guard = new ProcessBuilder("sh", "-c", GUARD, folder.toString())
+                    .redirectOutput(ProcessBuilder.Redirect.DISCARD)
                     .redirectError(ProcessBuilder.Redirect.DISCARD).start();
             Runtime.getRuntime().addShutdownHook(new Thread(Servers::close));
             return folder;
@@ -414,12 +360,14 @@ record Answer(int status, Map<String, List<String>> headers, String body) {
     Answer problem(int expected, String... named) {
         expect(expected);
         String type = header("content-type");
-        if (type == null || !type.startsWith("application/problem+json")) throw AssertionFailureBuilder.assertionFailure()
+        if (type == null || !type.startsWith("application/problem+json"))
+            throw AssertionFailureBuilder.assertionFailure()
                 .message("type").expected("application/problem+json").actual(type + " in " + this).build();
         if (json().get("status").getAsInt() != expected || json().get("title").getAsString().isBlank())
             throw new AssertionError("expected a title and the status " + expected + ", actual: " + this);
         for (String name : named)
-            if (!body.contains(name)) throw new AssertionError("expected a problem that names " + name + ", actual: " + this);
+            if (!body.contains(name)) throw new AssertionError("expected a problem that names " + name + ", actual: "
+                    + this);
         if (body.contains("Exception") || body.contains("\\tat ") || body.contains(".java"))
             throw new AssertionError("expected a problem without our insides, actual: " + this);
         return this;
@@ -464,7 +412,8 @@ class Caller {
                         : HttpRequest.BodyPublishers.ofByteArray(body));
         if (headers.length > 0) request.headers(headers);
         return CLIENT.sendAsync(request.build(), HttpResponse.BodyHandlers.ofByteArray()).thenApply(response ->
-                new Answer(response.statusCode(), Answer.anyCase(response.headers().map()), new String(response.body(), UTF_8)));
+                new Answer(response.statusCode(), Answer.anyCase(response.headers().map()),
+                        new String(response.body(), UTF_8)));
     }
 
     Answer send(String method, String path, byte[] body, String... headers) {
@@ -549,7 +498,8 @@ final class Instance extends Caller implements AutoCloseable {
     }
 }
 
-/** A service as a program of its own, `java Service` or `jbang Service.java`, with nothing in its environment but this. */
+/** A service as a program of its own, `java Service` or `jbang Service.java`,
+        with nothing in its environment but this. */
 final class Program extends Caller implements AutoCloseable {
     final Process process;
     private final List<String> out = new ArrayList<>(), err = new ArrayList<>();
@@ -560,7 +510,8 @@ final class Program extends Caller implements AutoCloseable {
         super(port);
         ProcessBuilder builder = new ProcessBuilder(command).directory(root().toFile());
         builder.environment().keySet().retainAll(Set.of("PATH", "LANG", "LC_ALL", "JAVA_HOME"));
-        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", "" + port));
+        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", ""
+                + port));
         builder.environment().putAll(environment);
         process = builder.start();
         pidFile = Files.writeString(Servers.FOLDER.resolve("program-" + process.pid() + ".pid"), "" + process.pid());
@@ -691,7 +642,8 @@ final class Wire implements AutoCloseable {
     private String line() throws IOException {
         ByteArrayOutputStream line = new ByteArrayOutputStream();
         for (int c; (c = in.read()) != '\n'; ) {
-            if (c < 0) throw new EOFException("expected an answer, but the connection was closed after \"" + line + '"');
+            if (c < 0) throw new EOFException("expected an answer, but the connection was closed after \"" + line
+                    + '"');
             line.write(c);
         }
         return line.toString(ISO_8859_1).stripTrailing();
@@ -719,6 +671,7 @@ final class Wire implements AutoCloseable {
 final class Cable implements AutoCloseable {
     private final int port;
     private final Set<Socket> ends = ConcurrentHashMap.newKeySet();
+    private final AtomicInteger accepted = new AtomicInteger();
     private volatile int target;
     private volatile boolean hanging, closed;
     private volatile String losing;
@@ -731,6 +684,9 @@ final class Cable implements AutoCloseable {
     }
 
     int port() { return port; }
+
+    /** How many connections came this way. */
+    int accepted() { return accepted.get(); }
 
     void leadTo(int target) { this.target = target; }
 
@@ -750,7 +706,8 @@ final class Cable implements AutoCloseable {
         if (entry != null) return;
         ServerSocket opened = new ServerSocket();
         opened.setReuseAddress(true);
-        for (int tries = 0; !opened.isBound(); tries++) // the socket that was cut may take a moment to let go of the port
+        for (int tries = 0; !opened.isBound();
+                tries++) // the socket that was cut may take a moment to let go of the port
             try {
                 opened.bind(new InetSocketAddress(InetAddress.getLoopbackAddress(), port), 200);
             } catch (java.net.BindException e) {
@@ -771,6 +728,7 @@ final class Cable implements AutoCloseable {
             Socket here = null;
             try {
                 here = at.accept();
+                accepted.incrementAndGet();
                 ends.add(here);
                 Socket from = here;
                 Thread.ofVirtual().start(() -> join(from));

@@ -1,4 +1,4 @@
--- What wrk sends and tells: wrk … -s load.lua URL -- get|post|overload [TEXT [RATE]]
+-- What wrk sends and tells: wrk … -s load.lua URL -- get|post|mixed|overload [TEXT [RATE]]
 -- Prints one line: requests that were answered well, microseconds, p50 and p99 in microseconds, requests that were not,
 -- and how not; for `overload`: 201s, 503s with Retry-After, other answers, connections that broke.
 local ffi = require("ffi")
@@ -20,6 +20,17 @@ local function pace(rate)
   end
 end
 
+-- Nine times what the address says, then a POST.
+function mix(text)
+  local get, sent = wrk.format("GET"), 0
+  local post = wrk.format("POST", "/api/messages", {["Content-Type"] = "application/json"},
+    '{"author":"bench","body":"' .. text .. '"}')
+  function request()
+    sent = sent + 1
+    return sent % 10 == 0 and post or get
+  end
+end
+
 stored, refused, other = 0, 0, 0
 local function count(status, headers)
   if status == 201 then stored = stored + 1
@@ -29,7 +40,7 @@ end
 
 function init(args)
   overload = args[1] == "overload"
-  if args[1] ~= "get" then
+  if args[1] == "mixed" then mix(args[2]) elseif args[1] ~= "get" then
     wrk.method = "POST"
     wrk.headers["Content-Type"] = "application/json"
     wrk.body = '{"author":"bench","body":"' .. args[2] .. '"}'

@@ -231,7 +231,7 @@ const HOSTILE = [
   'unbroken'.repeat(250),
   '👩‍👩‍👧‍👦'.repeat(50),
   '😀'.repeat(2000),
-  'a\n\n\n\nb\r\nc\td   e'
+  '\na\n\n\n\nb\r\nc\rd\te   f'
 ];
 
 test('hostile text is shown as text, and breaks nothing', async () => {
@@ -243,8 +243,7 @@ test('hostile text is shown as text, and breaks nothing', async () => {
   for (const page of [live, await visit(), await visit(PHONE), await visit({ ...WITHOUT_SCRIPT, ...PHONE })]) {
     for (const { id, author, body } of stored) {
       const item = page.locator(`#messages > li[data-id="${id}"]`);
-      // A parser makes one kind of line end of all.
-      assert.equal((await item.locator('.body').textContent()).replaceAll('\r\n', '\n'), body.replaceAll('\r\n', '\n'));
+      assert.equal(await item.locator('.body').textContent(), body);
       assert.equal(await item.locator('.author').textContent(), author);
       assert.equal(await item.locator('*').count(), 6, 'elements of a message');
     }
@@ -293,10 +292,10 @@ test('a refused form says why beside the field and keeps the text', async () => 
 test('a refused form keeps the text without JavaScript too', async () => {
   current.mayFail = true;
   const page = await visit(WITHOUT_SCRIPT);
-  await fill(page, 'x'.repeat(81), `kept "${RUN}" <b>\n</textarea>`);
+  await fill(page, 'x'.repeat(81), `\n\nkept "${RUN}" <b>\n</textarea>`);
   await page.click('#send');
   await says(page, '#author-error', 'author has 81 characters, 80 are allowed');
-  assert.equal(await page.inputValue('#body'), `kept "${RUN}" <b>\n</textarea>`);
+  assert.equal(await page.inputValue('#body'), `\n\nkept "${RUN}" <b>\n</textarea>`);
   assert.equal(await page.inputValue('#author'), 'x'.repeat(81));
   assert.equal(await page.getAttribute('#author', 'aria-invalid'), 'true');
   assert.match(await page.title(), /Not stored/);

@@ -1,0 +1,471 @@
+import com.google.gson.JsonParser;
+import org.junit.jupiter.api.Assumptions;
+import org.junit.jupiter.api.BeforeAll;
+import org.junit.jupiter.api.Nested;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.CsvSource;
+import org.junit.jupiter.params.provider.ValueSource;
+import redis.clients.jedis.Jedis;
+
+import java.io.IOException;
+import java.net.ServerSocket;
+import java.net.Socket;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.security.KeyStore;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import javax.net.ssl.KeyManagerFactory;
+import javax.net.ssl.SSLContext;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+/** Stores that refuse, are slow, may not be written to, want TLS, were made by an earlier version,
+        or sit behind a pooler. */
+@ExtendWith(Evidence.class)
+class StoresTest {
+    /** A board whose database is used as somebody with few rights. */
+    private static Map<String, String> as(String role, String database) {
+        Map<String, String> environment = new HashMap<>(Servers.environment(database));
+        environment.putAll(Map.of("DB_USER", role, "DB_PASS", role));
+        return environment;
+    }
+
+    private static Map<String, String> with(String database, String... namesAndValues) {
+        Map<String, String> environment = new HashMap<>(Servers.environment(database));
+        for (int i = 0; i < namesAndValues.length; i += 2) environment.put(namesAndValues[i], namesAndValues[i + 1]);
+        return environment;
+    }
+
+    private static void cutConnections(String database) {
+        Servers.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '" + database
+                + "'");
+    }
+
+    @Nested class A_PostgreSQL {
+        @Test void in_which_it_may_make_no_table_is_used_once_it_may() {
+            String database = Servers.newDatabase();
+            Servers.sql(database, "CREATE ROLE poor LOGIN PASSWORD 'poor'; REVOKE CREATE ON SCHEMA public FROM public");
+            try (Instance board = new Instance("poor", as("poor", database))) {
+                board.say("a", "no table").unavailable();
+                board.get("/readyz").expect(503);
+                Servers.sql(database, "GRANT CREATE ON SCHEMA public TO poor");
+                Wait.until("it makes its table", Wait.PROMISED, () -> board.get("/readyz").status() == 200);
+                board.say("a", "a table").expect(201);
+            }
+        }
+
+        @Test void that_became_read_only_is_left_for_one_that_is_not() {
+            String database = Servers.newDatabase();
+            try (Instance board = new Instance("demoted", Servers.environment(database))) {
+                board.say("a", "before").expect(201);
+                Servers.sql("postgres", "ALTER DATABASE " + database + " SET default_transaction_read_only = on");
+                cutConnections(database);
+                Wait.until("it can't be written to", () -> board.say("a", "lost").status() == 503);
+                Servers.sql("postgres", "ALTER DATABASE " + database + " RESET default_transaction_read_only");
+                Wait.until("it writes on a new connection", Wait.PROMISED, () -> board.say("a", "after")
+                        .status() == 201);
+            }
+        }
+
+        @Test void that_refuses_the_password_is_not_asked_ten_times_a_second() throws Exception {
+            try (Cable cable = new Cable(Servers.databasePort()); Instance board = new Instance("guessing",
+                    with(Servers.newDatabase(), "DB_PORT", "" + cable.port(), "DB_PASS", "wrong"))) {
+                board.say("a", "nobody lets it in").unavailable();
+                Wait.until("it was asked", () -> cable.accepted() > 0);
+                int before = cable.accepted();
+                Thread.sleep(3_000);
+                assertTrue(cable.accepted() - before <= 4, "expected one try a second, actual: "
+                        + (cable.accepted() - before) + " in three");
+            }
+        }
+
+        @Test void that_is_slow_to_write_keeps_nobody_from_reading() throws Exception {
+            String database = Servers.newDatabase();
+            try (Instance board = new Instance("slow-disk", Servers.environment(database))) {
+                board.say("a", "quick").expect(201);
+                Servers.sql(database, "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS "
+                        + "'BEGIN PERFORM pg_sleep(5); RETURN NEW; END'; "
+                        + "CREATE TRIGGER dawdle BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION dawdle()");
+                for (int i = 0; i < 3; i++) {
+                    var slow = Wait.meanwhile(() -> board.say("a", "slow"));
+                    while (!slow.isDone()) {
+                        board.get("/api/messages").expect(200);
+                        board.get("/readyz").expect(200);
+                        Thread.sleep(20);
+                    }
+                    slow.get().unavailable();
+                }
+            }
+        }
+
+        @Test void whose_default_is_not_to_wait_for_the_disk_waits_for_it() {
+            String database = Servers.newDatabase();
+            Servers.sql("postgres", "ALTER DATABASE " + database + " SET synchronous_commit = off");
+            try (Instance board = new Instance("careful", Servers.environment(database))) {
+                board.awaitReady();
+                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
+                        + "LANGUAGE plpgsql "
+                        + "AS 'BEGIN INSERT INTO seen VALUES (current_setting(''synchronous_commit'')); RETURN "
+                                + "NEW; END'; "
+                        + "CREATE CONSTRAINT TRIGGER look AFTER INSERT ON messages DEFERRABLE INITIALLY DEFERRED "
+                        + "FOR EACH ROW EXECUTE FUNCTION look()");
+                board.say("a", "is it safe?").expect(201);
+                assertEquals(List.of("on"), Servers.sql(database, "SELECT setting FROM seen"));
+            }
+        }
+
+        /** As the first version made it, and as its instances go on using it. */
+        @Test void of_the_first_version_is_made_ready_in_place() throws Exception {
+            String database = Servers.newDatabase();
+            Servers.sql(database, """
+                    CREATE TABLE messages (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                      author text NOT NULL CHECK (author <> ''), body text NOT NULL CHECK (body <> ''),
+                      instance text NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
+                      request_key text NOT NULL CONSTRAINT messages_request_key UNIQUE);
+                    INSERT INTO messages (author, body, instance, request_key)
+                      SELECT 'a', 'old ' || n, 'web1', 'c:' || n FROM generate_series(1, 250) AS n""");
+            try (Instance board = new Instance("newer", Servers.environment(database))) {
+                board.awaitReady();
+                assertTrue(board.say("a", "old 7", "Idempotency-Key", "7").expect(200).id() == 7);
+                Servers.sql(database, "INSERT INTO messages (author, body, instance, request_key) VALUES ('a', "
+                        + "'by an old one', 'web2', 'k')");
+                board.say("a", "new").expect(201);
+                try (EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=10")) {
+                    Wait.until("it has what came after message 10", () -> viewer.ids().size() == 242);
+                    viewer.checkInTurn();
+                }
+            }
+        }
+
+        /** The numbers of transactions begin anew where a dump is read in;
+                those in the rows would lie in the future. */
+        @Test void that_was_restored_from_a_dump_tells_its_messages() throws Exception {
+            String database = Servers.newDatabase();
+            Servers.sql(database, Files.readString(Program.root().resolve("init.sql"))
+                    + "; INSERT INTO messages (author, body, instance, request_key, tx) VALUES ('a', 'b', 'c', "
+                            + "'d', '99999999999')");
+            try (Instance board = new Instance("restored", Servers.environment(database));
+                 EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=0")) {
+                Wait.until("it is told", () -> viewer.ids().size() == 1);
+                viewer.awaits(board.say("a", "and what is new as well").expect(201));
+                viewer.checkInTurn();
+            }
+        }
+
+        @Test void on_one_of_several_hosts_is_found() throws Exception {
+            String hosts = "127.0.0.1:" + Servers.freePort() + ",127.0.0.1:" + Servers.databasePort();
+            try (Instance board = new Instance("several", with(Servers.newDatabase(), "DB_HOST", hosts))) {
+                board.awaitReady();
+                board.say("a", "found").expect(201);
+            }
+        }
+    }
+
+    @Nested class A_PostgreSQL_with_TLS {
+        private static Path folder;
+
+        @BeforeAll static void certificates() throws Exception {
+            folder = Files.createDirectories(Servers.FOLDER.resolve("tls"));
+            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca",
+                    "-keyout", "ca.key", "-out", "ca.crt");
+            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=other",
+                    "-keyout", "other.key", "-out", "other.crt");
+            run("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "server.key",
+                    "-out", "server.csr");
+            Files.writeString(folder.resolve("names"), "subjectAltName=DNS:localhost");
+            run("openssl", "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
+                    "-CAcreateserial", "-days", "2",
+                    "-extfile", "names", "-out", "server.crt");
+            Path data = Path.of(Servers.sql("postgres", "SHOW data_directory").getFirst());
+            for (String file : List.of("server.crt", "server.key")) {
+                Files.deleteIfExists(data.resolve(file));
+                Files.createFile(data.resolve(file), java.nio.file.attribute.PosixFilePermissions.asFileAttribute(
+                        java.nio.file.attribute.PosixFilePermissions.fromString("rw-------")));
+                Files.write(data.resolve(file), Files.readAllBytes(folder.resolve(file)));
+            }
+            Servers.sql("postgres", "ALTER SYSTEM SET ssl = on");
+            Servers.sql("postgres", "SELECT pg_reload_conf()");
+            Wait.until("it speaks TLS", () -> Servers.sql("postgres", "SHOW ssl").equals(List.of("on")));
+        }
+
+        private static void run(String... command) throws Exception {
+            Process process = new ProcessBuilder(command).directory(folder.toFile()).redirectErrorStream(true).start();
+            String said = new String(process.getInputStream().readAllBytes());
+            assertEquals(0, process.waitFor(), said);
+        }
+
+        @ParameterizedTest @CsvSource({"require,localhost,", "verify-ca,127.0.0.1,ca.crt",
+                "verify-full,localhost,ca.crt"})
+        void is_used_over_TLS(String mode, String host, String authority) throws Exception {
+            String database = Servers.newDatabase();
+            String file = authority == null ? "" : folder.resolve(authority).toString();
+            try (Instance board = new Instance("tls-" + mode,
+                    with(database, "DB_HOST", host, "DB_SSLMODE", mode, "DB_SSLROOTCERT", file))) {
+                board.awaitReady();
+                board.say("a", "secret").expect(201);
+                assertEquals(List.of("0"), Servers.sql("postgres",
+                        "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) "
+                        + "WHERE datname = '" + database + "' AND application_name LIKE 'threefold%' AND NOT ssl"));
+            }
+        }
+
+        @ParameterizedTest @CsvSource({"verify-ca,localhost,other.crt", "verify-full,127.0.0.1,ca.crt"})
+        void is_not_used_if_its_certificate_is_wrong(String mode, String host, String authority) throws Exception {
+            try (Instance board = new Instance("wary", with(Servers.newDatabase(), "DB_HOST", host, "DB_SSLMODE", mode,
+                    "DB_SSLROOTCERT", folder.resolve(authority).toString()))) {
+                board.say("a", "not to a stranger").unavailable();
+                Wait.until("it says why", () -> Evidence.all().toString()
+                        .matches("(?is).*(certificate|hostname|PKIX).*"));
+            }
+        }
+    }
+
+    /** PGBOUNCER names the program, if it is not /usr/sbin/pgbouncer; without one, this is skipped. */
+    @Nested class Behind_PgBouncer {
+        private static final String PROGRAM = System.getenv().getOrDefault("PGBOUNCER", "/usr/sbin/pgbouncer");
+
+        @ParameterizedTest @ValueSource(strings = {"session", "transaction"})
+        void all_works(String mode) throws Exception {
+            Assumptions.assumeTrue(Files.isExecutable(Path.of(PROGRAM)), "there is no PgBouncer");
+            Process asked = new ProcessBuilder(PROGRAM, "--version").start();
+            String version = new String(asked.getInputStream().readAllBytes()).replaceAll("(?s)\\D*1\\.(\\d+).*", "$1");
+            boolean prepares = Integer.parseInt(version) >= 21; // in transaction mode too
+            Assumptions.assumeTrue(prepares || mode.equals("session"), "PgBouncer 1." + version
+                    + " is older than 1.21");
+            String database = Servers.newDatabase();
+            int port = Servers.freePort();
+            Process pooler = start(mode, port, prepares);
+            try (Instance one = new Instance("pooled-1", with(database, "DB_PORT", "" + port));
+                 Instance two = new Instance("pooled-2", with(database, "DB_PORT", "" + port))) {
+                one.awaitReady();
+                two.awaitReady();
+                try (EventsTest.Viewer viewer = new EventsTest.Viewer(one, "")) {
+                    List<Long> stored = new ArrayList<>();
+                    for (int i = 0; i < 60; i++) stored.add((i % 2 == 0 ? one : two).say("a", "pooled " + i)
+                            .expect(201).id());
+                    assertEquals(stored.getFirst(), one.get("/api/messages/" + stored.getFirst()).expect(200).id());
+                    two.get("/api/messages?limit=50&before=" + stored.getLast()).expect(200);
+                    Wait.until("all is told", () -> viewer.ids().containsAll(stored));
+                    viewer.checkInTurn();
+                }
+            } finally {
+                pooler.destroy();
+                pooler.waitFor();
+            }
+        }
+
+        private static Process start(String mode, int port, boolean prepares) throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("pgbouncer-" + mode));
+            Files.writeString(folder.resolve("users"), "\"postgres\" \"" + Servers.password() + "\"\n");
+            Path settings = Files.writeString(folder.resolve("pgbouncer.ini"), """
+                    [databases]
+                    * = host=127.0.0.1 port=%d
+                    [pgbouncer]
+                    listen_addr = 127.0.0.1
+                    listen_port = %d
+                    unix_socket_dir =
+                    auth_type = plain
+                    auth_file = %s
+                    pool_mode = %s
+                    default_pool_size = %d
+                    %s
+                    """.formatted(Servers.databasePort(), port, folder.resolve("users"), mode,
+                    mode.equals("session") ? 20 : 3, prepares ? "max_prepared_statements = 100" : ""));
+            List<String> command = new ArrayList<>(List.of(PROGRAM, settings.toString()));
+            if (System.getProperty("user.name").equals("root")) { // it does not run as root
+                new ProcessBuilder("chmod", "-R", "a+rX", folder.toString(), Servers.FOLDER.toString()).start()
+                        .waitFor();
+                if (PROGRAM.startsWith("/usr")) command.addAll(1, List.of("-u", "nobody"));
+            }
+            return new ProcessBuilder(command).redirectErrorStream(true)
+                    .redirectOutput(folder.resolve("out").toFile()).start();
+        }
+    }
+
+    @Nested class A_Redis {
+        private static Jedis in(int db) {
+            Jedis jedis = Servers.jedis();
+            jedis.select(db);
+            jedis.flushDB();
+            return jedis;
+        }
+
+        @Test void that_refuses_a_command_is_not_taken_for_away() throws Exception {
+            try (Jedis jedis = in(3); Instance board = new Instance("refused",
+                    with(Servers.newDatabase(), "REDIS_DB", "3"))) {
+                board.awaitReady();
+                jedis.lpush("visits:total", "no number");
+                for (int i = 0; i < 20; i++) {
+                    assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
+                    assertEquals("ready", board.get("/readyz").expect(200).text("status"));
+                }
+                jedis.del("visits:total");
+                assertEquals(1, board.visits());
+            }
+        }
+
+        @Test void that_became_a_replica_is_taken_for_away_until_it_is_none() throws Exception {
+            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("replica")
+                    .toString(),
+                    "DB_HOST", "none"));
+            try {
+                Config.Redis redis = own.start().redis();
+                int port = redis.hosts().getFirst().getPort();
+                try (Jedis jedis = new Jedis("127.0.0.1", port); Instance board = new Instance("replica",
+                        with(Servers.newDatabase(), "REDIS_PORT", "" + port, "REDIS_PASS", redis.pass().value()))) {
+                    jedis.auth(redis.pass().value());
+                    board.awaitReady();
+                    jedis.replicaof("127.0.0.1", 1);
+                    assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
+                    Wait.until("it is", Duration.ofSeconds(1),
+                            () -> board.get("/readyz").text("status").equals("degraded"));
+                    for (int i = 0; i < 20; i++) {
+                        assertEquals("degraded", board.get("/readyz").expect(200).text("status"), "and stays so");
+                        Thread.sleep(20);
+                    }
+                    jedis.replicaofNoOne();
+                    Wait.until("it counts again", Wait.PROMISED, () -> !board.get("/").json().get("visits")
+                            .isJsonNull());
+                }
+            } finally { own.close(); }
+        }
+
+        @Test void is_used_by_a_user_with_few_rights() throws Exception {
+            try (Jedis jedis = in(4); Instance board = board(jedis,
+                    "~visits:* ~{visits:total}:* &threefold:events +@all -@admin")) {
+                board.awaitReady();
+                assertEquals(1, board.visits());
+                assertEquals(1, board.total());
+            }
+        }
+
+        private Instance board(Jedis jedis, String rights) {
+            jedis.aclSetUser("guest", ("reset resetchannels on >pass " + rights).split(" "));
+            return new Instance("guest", with(Servers.newDatabase(), "REDIS_USER", "guest", "REDIS_PASS", "pass",
+                    "REDIS_DB", "4"));
+        }
+
+        @Test void of_the_first_version_keeps_its_counts() throws Exception {
+            try (Jedis jedis = in(5)) {
+                jedis.set("visits:total", "12");
+                jedis.hset("visits:by-instance", Map.of("web1", "7", "newer", "5"));
+                try (Instance board = new Instance("newer", with(Servers.newDatabase(), "REDIS_DB", "5"))) {
+                    board.awaitReady();
+                    assertEquals(13, board.visits());
+                    assertEquals(JsonParser.parseString("{\"total\":13,\"byInstance\":{\"web1\":7,\"newer\":6}}"),
+                            board.get("/api/visits").expect(200).json());
+                }
+            }
+        }
+
+        /** Names of containers come and go; what they counted stays in the total. */
+        @Test void keeps_what_instances_counted_that_are_long_gone_as_one_number() throws Exception {
+            try (Jedis jedis = in(7)) {
+                jedis.set("visits:total", "20");
+                jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
+                long now = Long.parseLong(jedis.time().getFirst());
+                jedis.hset("{visits:total}:beats", Map.of("gone1", "" + (now - 61), "here", "" + (now - 30)));
+                Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
+                Dependency health = new Dependency("redis");
+                health.passed();
+                Counters counters = new Counters(config, health);
+                for (int i = 0; i < 121; i++) counters.ping(); // a minute
+                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read(true).byInstance());
+                assertEquals(20, counters.read(true).total());
+                counters.close();
+            }
+        }
+
+        @Test void on_which_others_say_odd_things_goes_on_waking() throws Exception {
+            try (Jedis jedis = Servers.jedis(); Instance board = new Instance("calm",
+                    Servers.environment(Servers.newDatabase()));
+                 EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
+                board.awaitReady();
+                for (String word : List.of("", "\n", "visits", "visits\n", "messages\nx y", "messages\n1", "missed",
+                        "\u0000\uffff", "{}"))
+                    jedis.publish("threefold:events", word);
+                viewer.awaits(board.say("a", "still told").expect(201));
+                long visit = board.visits();
+                Wait.until("the visit is told", () -> viewer.lastVisits() >= visit);
+                assertFalse(Evidence.all().toString().contains("unexpected"), "" + Evidence.last(5));
+            }
+        }
+
+        @Test void with_an_odd_counter_ends_no_thread() throws Exception {
+            try (Jedis jedis = in(6); Instance board = new Instance("odd",
+                    with(Servers.newDatabase(), "REDIS_DB", "6"));
+                 EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
+                board.awaitReady();
+                jedis.hset("{visits:total}:by-instance", "odd", "many");
+                assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
+                board.get("/api/visits");
+                Thread.sleep(700);
+                jedis.flushDB();
+                long visit = board.visits();
+                Wait.until("the visit is told", () -> viewer.lastVisits() == visit);
+            }
+        }
+
+        /** A Redis behind TLS, as managed ones are; whom to trust is Java's own setting. */
+        @ParameterizedTest @CsvSource({"localhost,true", "127.0.0.1,false"})
+        void with_TLS_is_used_if_its_certificate_is_for_its_name(String host, boolean good) throws Exception {
+            A_PostgreSQL_with_TLS.certificates();
+            Path folder = Servers.FOLDER.resolve("tls");
+            Path trust = folder.resolve("trust.p12"), own = folder.resolve("own.p12");
+            A_PostgreSQL_with_TLS.run("openssl", "pkcs12", "-export", "-in", "server.crt", "-inkey", "server.key",
+                    "-out", own.toString(), "-passout", "pass:secret");
+            Files.deleteIfExists(trust);
+            A_PostgreSQL_with_TLS.run(System.getProperty("java.home") + "/bin/keytool", "-importcert", "-noprompt",
+                    "-alias", "ca", "-file", "ca.crt", "-keystore", trust.toString(), "-storepass", "secret");
+            try (TlsFront front = new TlsFront(own, Servers.redisPort()); Program board = Program.java(with(
+                    Servers.newDatabase(), "REDIS_HOST", host, "REDIS_PORT", "" + front.port(), "REDIS_TLS", "true",
+                    "JAVA_TOOL_OPTIONS", "-Djavax.net.ssl.trustStore=" + trust
+                            + " -Djavax.net.ssl.trustStorePassword=secret"))) {
+                Wait.until("it serves", Duration.ofSeconds(20), () -> board.get("/readyz").status() == 200);
+                if (good) board.awaitReady();
+                assertEquals(good, !board.get("/").expect(200).json().get("visits").isJsonNull());
+            }
+        }
+    }
+
+    /** Takes TLS and passes on what is in it. */
+    private static final class TlsFront implements AutoCloseable {
+        private final ServerSocket entry;
+
+        TlsFront(Path keys, int target) throws Exception {
+            KeyStore store = KeyStore.getInstance(keys.toFile(), "secret".toCharArray());
+            KeyManagerFactory managers = KeyManagerFactory.getInstance(KeyManagerFactory.getDefaultAlgorithm());
+            managers.init(store, "secret".toCharArray());
+            SSLContext context = SSLContext.getInstance("TLS");
+            context.init(managers.getKeyManagers(), null, null);
+            entry = context.getServerSocketFactory().createServerSocket(0);
+            Thread.ofVirtual().start(() -> {
+                while (!entry.isClosed())
+                    try {
+                        Socket here = entry.accept(), there = new Socket("127.0.0.1", target);
+                        Thread.ofVirtual().start(() -> pass(here, there));
+                        Thread.ofVirtual().start(() -> pass(there, here));
+                    } catch (IOException e) { /* it is closed, or somebody went away */ }
+            });
+        }
+
+        int port() { return entry.getLocalPort(); }
+
+        private static void pass(Socket from, Socket to) {
+            try (from; to) {
+                from.getInputStream().transferTo(to.getOutputStream());
+            } catch (IOException e) { /* it ended */ }
+        }
+
+        @Override public void close() throws IOException { entry.close(); }
+    }
+}

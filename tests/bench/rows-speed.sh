@@ -1,0 +1,167 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # `run` and these parts share their variables
+# Rows 1 to 10, 13, 16 and 17: one function each, in the order in which they run. Sourced by `run`.
+
+
+# Rows 16 and 17: fresh instances, each with a load of its own. What somebody sees who tries it right after the start.
+first_seconds() {
+  progress "the first $COLD s after the start"
+  local unmetered=1 n=0 kind second rest
+  for kind in post visit newest; do
+    n=$((n + 1))
+    second=$(rate web$n $kind 64 1) rest=$(rate web$n $kind 64 $((COLD - 1)))
+    first_second[n]=$second
+    first_ten[n]=$(calc "($second + $rest * ($COLD - 1)) / $COLD" 1)
+  done
+}
+
+# cold_rows NUMBER WHAT: beside the speed of a warm instance, in $ours
+cold_rows() {
+  local second=${first_second[$1]} ten=${first_ten[$1]}
+  row 16 "$2, the first $COLD s after the start" "$ten" /s "warmed up" "$ours" "$(ratio "$ten" "$ours")" least 0.8
+  row 17 "$2, the first second after the start" "$second" /s "warmed up" "$ours" "$(ratio "$second" "$ours")" least 0.45
+}
+
+compiled() {       # seconds that these instances' compilers have taken
+  for name in "$@"; do docker exec "$COMPOSE_PROJECT_NAME-$name" wget -qO- http://127.0.0.1:9999/metrics; done |
+    awk '/^jvm_compilation_time_seconds_total/ { sum += $2 } END { print sum + 0 }'
+}
+
+# warm_up LOADS INSTANCE...: these loads in turn until the instances' compilers rest: they take under 2 % of the time,
+# or WARM_MOST seconds are over. Sets `warmed`, in seconds, and `share`, what they took last.
+warm_up() {
+  local began=$SECONDS before one round_began unmetered=1 loads=$1; shift
+  while :; do
+    before=$(compiled "$@") round_began=$SECONDS
+    for one in $loads; do load "${one%:*}" "${one#*:}" 64 "$WARM" >"$WORK/warm"; done
+    share=$(calc "($(compiled "$@") - $before) / ($SECONDS - $round_began) * 100" 1) warmed=$((SECONDS - began))
+    progress "warming up: the compilers took $share % of the last $((SECONDS - round_began)) s"
+    [ "$warmed" -ge "$WARM_LEAST" ] || continue
+    [ "$warmed" -lt "$WARM_MOST" ] && awk "BEGIN { exit !($share >= 2) }" || break
+  done
+}
+
+warm_up_three() {
+  local loads="front:visit front:post front:newest"
+  quick || loads+=" front:healthz direct:visit direct:post direct:newest"
+  warm_up "$loads" web1-1 web2-1 web3-1
+  keep fact warmUpSeconds "$warmed"
+  keep fact compilersPercentAtItsEnd "$share"
+}
+
+# in_status SERVICE FIELD: what the kernel says of its process 1, in KB
+in_status() { box "$1" sed -n "s/^$2:[^0-9]*\\([0-9]*\\).*/\\1/p" /proc/1/status; }
+
+# Row 13, read right after that: a minute and more at top speed
+memory() {
+  local n most=0 kb
+  for n in 1 2 3; do
+    kb=$(in_status web$n VmRSS)
+    [ "$kb" -lt "$most" ] || most=$kb
+  done
+  row 13 "memory at top speed, the largest of three" "$(calc "$most / 1024" 1)" MB "" "" "" most 100
+}
+
+durable_post() {
+  compare "1  durable POST, one instance" "rate direct post" pgbench_inserts
+  row 1 "POST, durable, one instance" "$ours" /s "pgbench, the same row" "$theirs" "$ratio" least 1.5
+  cold_rows 1 POST
+}
+
+visit() {
+  redis_incrs >"$WORK/first"
+  compare "2  visit, one instance" "rate direct visit" redis_incrs
+  row 2 "GET /, one instance" "$ours" /s "redis-benchmark INCR" "$theirs" "$ratio" least 0.4
+  cold_rows 2 "GET /"
+}
+
+newest() {
+  compare "3  newest 20, one instance" "rate direct newest" pgbench_selects
+  row 3 "newest 20, one instance" "$ours" /s "pgbench, same select" "$theirs" "$ratio" least 3
+  cold_rows 3 "newest 20"
+  compare "3  newest 20, one request in ten a POST" "rate direct mixed" pgbench_mixed
+  row 3 "  one request in ten a POST" "$ours" /s "pgbench, the same mix" "$theirs" "$ratio" least ""
+}
+
+through_nginx() {
+  in_turn "4-6  through nginx, three instances" \
+    "rate front healthz" "rate front visit" "rate front post" "rate front newest"
+  local what="/healthz, the same way"
+  row 4 "GET /, nginx and three instances" "${MEDIAN[1]}" /s "$what" "${MEDIAN[0]}" "$(turn_ratio 1 0)" least 0.7
+  row 5 "POST, nginx and three instances" "${MEDIAN[2]}" /s "$what" "${MEDIAN[0]}" "$(turn_ratio 2 0)" least 0.45
+  row 6 "newest 20, nginx and three instances" "${MEDIAN[3]}" /s "$what" "${MEDIAN[0]}" "$(turn_ratio 3 0)" \
+    least 0.6
+}
+
+# The plain blocking way is Blocking.java, warmed up like the others. With one client nothing can be gathered into
+# batches, and the two are near each other: so there are more runs, and shorter ones.
+one_client() {
+  quiet docker compose up --detach --wait --no-deps blocking
+  local unmetered=1
+  load blocking post 64 $((LONG * 3)) >"$WORK/warm"; load blocking post 1 "$LONG" >"$WORK/warm"
+  RUNS=$PAIRS compare "7  one client" "mean direct post 1 $PAGE" "mean blocking post 1 $PAGE"
+  row 7 "POST, one client, one at a time" "$ours" ms "the plain blocking way" "$theirs" "$ratio" most 1
+  if ! quick; then
+    compare "7  64 connections" "rate direct post" "rate blocking post"
+    row 7 "  with 64 connections" "$ours" /s "the plain blocking way" "$theirs" "$ratio" least ""
+  fi
+  quiet docker compose rm --force --stop blocking
+}
+
+# paced KIND SHARE TOP: SHARE percent of TOP; adds requests a second, p50 and p99 in ms to what is known of it
+paced() {
+  progress "8  $1 at $2 % of the top speed"
+  load front "$1" 64 "$LONG" "$(calc "$3 * $2 / 100" 0)" | cut -d' ' -f1,3,4 >>"$WORK/paced-$1-$2"
+}
+paced_figures() { cut -d' ' -f"$3" "$WORK/paced-$1-$2"; }            # KIND SHARE COLUMN: 1 a second, 2 p50, 3 p99
+paced_median() { paced_figures "$@" | median; }
+
+# The top speed is measured anew before each run at half of it: minutes later it may be another one.
+half_speed() {
+  local kind share top round name p50 p99 others
+  read -ra others <<<"$SHARES"
+  for round in $(seq "$RUNS"); do
+    for kind in visit post; do
+      progress "8  $kind at top speed, round $round of $RUNS"
+      top=$(rate front $kind)
+      for share in 50 ${others[(round - 1) % 4]:-}; do paced $kind "$share" "$top"; done
+    done
+  done
+  for kind in visit post; do
+    for share in $(printf '%s\n' 50 "${others[@]}" | sort -n); do
+      keep latency $kind "$share" "$(paced_median $kind "$share" 1)" "$(paced_median $kind "$share" 2)" \
+        "$(paced_median $kind "$share" 3)"
+    done
+    p50=$(paced_median $kind 50 2) p99=$(paced_median $kind 50 3)
+    [ $kind = visit ] && name="GET /" || name=POST
+    row 8 "$name, p99 at half the top speed" "$p99" ms "p50" "$p50" \
+      "$(ratios <(paced_figures $kind 50 3) <(paced_figures $kind 50 2))" most 10
+  done
+}
+
+many_connections() {
+  compare "9  GET /, 1,000 connections" "rate front visit 1000" "rate front visit"
+  row 9 "GET /, 1,000 connections" "$ours" /s "64 connections" "$theirs" "$ratio" least 0.8
+  compare "9  POST, 1,000 connections" "rate front post 1000" "rate front post"
+  row 9 "POST, 1,000 connections" "$ours" /s "64 connections" "$theirs" "$ratio" least 0.8
+}
+
+# More than one instance can take: what it refuses has to say so, and it has to live.
+overload() {
+  progress "10  overload"
+  local stored refused other broken peak state unmetered=1 seconds=$((LONG < 2 ? 2 : LONG))
+  fill 1000
+  # shellcheck disable=SC2016 # expanded in the container
+  box load-inner bash -c 'ulimit -n "$(ulimit -Hn)"; exec wrk "$@"' -- -t 2 -c 4000 -d "${seconds}s" --timeout 5s \
+    -s /bench/load.lua http://web1:9999/api/messages -- overload "$TEXT" >"$WORK/wrk"
+  read -r _ stored refused other broken < <(grep '^wrk' "$WORK/wrk")
+  keep fact overloadStored "$stored"; keep fact overloadRefused "$refused"
+  keep fact overloadOther "$other"; keep fact overloadBroken "$broken"
+  row 10 "POST, 4,000 on one instance: stored" "$(calc "$stored / $seconds" 0)" /s "503, Retry-After" \
+    "$(calc "$refused / $seconds" 0)" "" least ""
+  row 10 "  neither of these, and broken connections" $((other + broken)) "" "" "" "" most 0
+  peak=$(in_status web1 VmHWM)
+  row 10 "  the most memory it ever had, of 192 MB" "$(calc "$peak / 1024" 1)" MB "" "" "" most 192
+  state=$(docker inspect --format '{{.State.OOMKilled}} {{.RestartCount}}' "$COMPOSE_PROJECT_NAME-web1-1")
+  [ "$state" = "false 0" ] || say "overload: the instance was killed or restarted ($state)" >&2
+  load direct newest 1 1 >"$WORK/warm"       # until it has ebbed away
+}
