@@ -103,6 +103,10 @@ test-upgrade: ## from the first version to this one in place, under load: nothin
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run
 
+.PHONY: pictures
+pictures: ## makes the pictures of README.md anew, on an empty stack of its own
+	@scripts/pictures
+
 .PHONY: test-docs
 test-docs: ## runs the commands of README.md and docs/
 	@tests/docs

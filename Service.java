@@ -30,7 +30,6 @@
 
 import com.google.gson.*;
 import com.google.gson.reflect.TypeToken;
-import com.google.gson.stream.JsonWriter;
 import com.samskivert.mustache.*;
 import io.prometheus.metrics.core.metrics.*;
 import io.prometheus.metrics.expositionformats.PrometheusTextFormatWriter;
@@ -60,13 +59,9 @@ import java.nio.charset.CharacterCodingException;
 import java.nio.file.*;
 import java.nio.file.Files;
 import java.nio.file.attribute.PosixFilePermissions;
-import java.security.GeneralSecurityException;
-import java.security.MessageDigest;
-import java.security.SecureRandom;
-import java.security.Security;
-import java.sql.Array;
-import java.sql.Connection;
+import java.security.*;
 import java.sql.*;
+import java.sql.Connection;
 import java.time.*;
 import java.time.format.DateTimeFormatter;
 import java.time.temporal.ChronoUnit;
@@ -75,14 +70,9 @@ import java.util.concurrent.*;
 import java.util.concurrent.atomic.*;
 import java.util.concurrent.locks.ReentrantLock;
 import java.util.function.*;
-import java.util.logging.Handler;
-import java.util.logging.Level;
-import java.util.logging.LogManager;
-import java.util.logging.LogRecord;
-import java.util.logging.Logger;
-import java.util.regex.Matcher;
-import java.util.regex.Pattern;
-import java.util.stream.Stream;
+import java.util.logging.*;
+import java.util.regex.*;
+import java.util.stream.*;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
@@ -101,6 +91,10 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * What it does not do: TLS towards clients (put it at the proxy), accounts, editing or deleting messages.
  */
 public final class Service implements AutoCloseable {
+    /** Told by /api/instances, where two versions can be seen side by side; the same as in openapi.json. */
+    static final String VERSION = "2.0.0";
+
+    private final String since = Instant.now().truncatedTo(ChronoUnit.SECONDS).toString();
     private final Config config;
     private final Metrics metrics = new Metrics();
     private final Dependency postgres = new Dependency("postgres"), redis = new Dependency("redis");
@@ -114,6 +108,7 @@ public final class Service implements AutoCloseable {
     private final Held held = new Held();
     private final Events events;
     private final Http http;
+    private final Instances instances = new Instances();
     /** What it answers; see {@link Api#routes}. */
     final List<Route> routes;
 
@@ -128,6 +123,7 @@ public final class Service implements AutoCloseable {
             Deque<AutoCloseable> running = new ConcurrentLinkedDeque<>();
             Runtime.getRuntime().addShutdownHook(new Thread(() -> stop(running), "shutdown"));
             if (config.needsEmbedded()) {
+                Embedded.check();
                 Embedded embedded = new Embedded(config);
                 running.push(embedded);
                 config = embedded.start();
@@ -143,12 +139,7 @@ public final class Service implements AutoCloseable {
 
     /** In the reverse order of starting. */
     private static void stop(Deque<AutoCloseable> running) {
-        for (AutoCloseable last; (last = running.poll()) != null; )
-            try {
-                last.close();
-            } catch (Exception e) {
-                Log.warn("stop_failed", "reason", Log.reason(e));
-            }
+        for (AutoCloseable last; (last = running.poll()) != null; ) closeQuietly(last);
         Log.flush();
     }
 
@@ -157,28 +148,25 @@ public final class Service implements AutoCloseable {
         this.config = config;
         messages = new Messages(config, postgres);
         counters = new Counters(config, redis);
-        visits = batcher("visits", (batch, mayWait) -> {
-            List<Long> numbers = counters.count(batch.size(), mayWait);
-            visited();
+        following = batcher("events", messages::following);
+        events = new Events(counters, following, instances, held, metrics);
+        visits = batcher("visits", batch -> {
+            List<Long> numbers = counters.count(batch.size());
+            events.visited();
             return numbers;
         });
-        counts = batcher("counts", (batch, mayWait) -> Collections.nCopies(batch.size(), counters.read(mayWait)));
-        writes = batcher("writes", (batch, mayWait) -> {
-            List<Saved> saved = messages.save(batch, mayWait);
-            stored();
+        counts = batcher("counts", batch -> Collections.nCopies(batch.size(), counters.read()));
+        writes = batcher("writes", batch -> {
+            List<Saved> saved = messages.save(batch);
+            events.stored();
             return saved;
         });
         reads = batcher("reads", messages::pages);
-        following = batcher("events", messages::following);
-        events = new Events(counters, following, held, metrics);
         http = new Http(config, held, metrics);
-        routes = new Api(config, http, visits, counts, writes, reads, events, postgres, redis, metrics,
+        routes = new Api(config, http, visits, counts, writes, reads, events, instances, postgres, redis, metrics,
                 new HtmlPage()).routes();
         watchGauges();
     }
-
-    private void visited() { events.visited(); }
-    private void stored() { events.stored(); }
 
     /** 1,024 waiting: as many as there may be connections from the proxy, each with one request. */
     private <Q, A> Batcher<Q, A> batcher(String name, Batcher.Work<Q, A> work) {
@@ -201,14 +189,21 @@ public final class Service implements AutoCloseable {
      */
     Service start() throws Config.Invalid, IOException {
         http.listen(routes);
+        instances.hear(presence().json()); // itself, also where Redis is away
         postgres.watch(messages::ping);
-        redis.watch(counters::ping);
+        redis.watch(() -> counters.beat(presence(), instances.known()));
         events.start();
         Log.info("listening", "address", "http://localhost:" + port());
         return this;
     }
 
     int port() { return http.port(); }
+
+    /** What this instance says of itself to the others. */
+    private Presence presence() {
+        return new Presence(config.instance(), http.isDraining() ? Presence.LEAVING : postgres.isUp() ? Presence.READY
+                : Presence.UNAVAILABLE, since, VERSION, http.requestsPerSecond());
+    }
 
     /**
      * Leaves without a failed request. nginx keeps idle connections for 2 s: for longer than that every answer says
@@ -224,8 +219,8 @@ public final class Service implements AutoCloseable {
             // While the address still exists, being refused is quick; a packet to a vanished one is a second's wait.
             Http.pause(config.drainMillis() / 5);
         }
-        Stream.of(events, postgres, redis, visits, counts, writes, reads, following, http, counters, messages)
-                .forEach(Service::closeQuietly);
+        Stream.<AutoCloseable>of(events, postgres, redis, () -> counters.goodbye(presence()), visits, counts, writes,
+                reads, following, http, counters, messages).forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
 
@@ -261,8 +256,9 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     static final class Invalid extends Exception {
         Invalid(String message) { super(message.replaceAll("\\p{Cntrl}", "?")); } // one line, whatever the value
 
+        /** Of an address, what stands before the @ may be a password. */
         Invalid(String name, String value, String needed) {
-            this(name + "=\"" + value + "\" cannot be used: it needs " + needed);
+            this(name + "=\"" + value.replaceAll("[^,\\s]*@", "***@") + "\" cannot be used: it needs " + needed);
         }
     }
 
@@ -322,14 +318,13 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
                 "postgres", "postgres", pass, null, null), redis, drainMillis, dataDir);
     }
 
+    /** As far as it makes a name for an instance. */
     private static String hostName() {
-        String fromShell = System.getenv("HOSTNAME"); // in a container: without a look-up
-        if (fromShell != null && !fromShell.isEmpty()) return fromShell;
+        String name = System.getenv("HOSTNAME"); // in a container: without a look-up
         try {
-            return InetAddress.getLocalHost().getHostName();
-        } catch (UnknownHostException e) {
-            return "localhost";
-        }
+            if (name == null || name.isEmpty()) name = InetAddress.getLocalHost().getHostName();
+        } catch (UnknownHostException e) { name = "localhost"; }
+        return name.replaceAll("[^A-Za-z0-9._-]", "-").substring(0, Math.min(64, name.length()));
     }
 
     /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
@@ -415,8 +410,8 @@ record Route(String method, String path, HttpHandler handler) {}
 
 /** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
 record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
-           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Dependency postgres,
-           Dependency redis, Metrics metrics, HtmlPage page) {
+           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Instances instances,
+           Dependency postgres, Dependency redis, Metrics metrics, HtmlPage page) {
     private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
@@ -431,6 +426,7 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
                 new Route("GET", "/api/messages", this::listMessages),
                 new Route("GET", "/api/messages/{id}", this::oneMessage),
                 new Route("GET", "/api/events", this::events),
+                new Route("GET", "/api/instances", exchange -> http.sendJson(exchange, 200, instances.json())),
                 new Route("GET", "/healthz", exchange -> http.sendJson(exchange, 200, healthy)),
                 new Route("GET", "/readyz", this::readyz),
                 new Route("GET", "/metrics", this::metrics),
@@ -446,7 +442,8 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
 
     private void answerVisit(HttpServerExchange exchange, PageQuery query, Long number) {
         if (query != null) showPage(exchange, 200, query, number, Form.EMPTY);
-        else http.sendJson(exchange, 200, Json.object("instance", config.instance(), "visits", number));
+        else http.sendJson(exchange, 200, // a name has no letter that JSON would escape
+                "{\"instance\":\"" + config.instance() + "\",\"visits\":" + number + '}');
     }
 
     private void visits(HttpServerExchange exchange) {
@@ -497,7 +494,7 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
                 http.askOr(ex, reads, query, MessagePage.UNKNOWN, (e, messages) -> {
                     page.securityHeaders(e);
                     http.send(e, status, "text/html; charset=utf-8",
-                            page.render(config.instance(), number, total, messages, query, form));
+                            page.render(config.instance(), number, total, messages, query, instances.all(), form));
                 }));
     }
 
@@ -565,15 +562,14 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
 
 /** A message as stored. The text is what the author sent, to the character. */
 record Message(long id, String author, String body, String instance, Instant createdAt) {
-    String json() {
-        return Json.object("id", id, "author", author, "body", body, "instance", instance,
-                "createdAt", createdAt.toString());
-    }
+    String json() { return Json.of(this); }
 }
 
 /** A message as sent: checked, not yet stored. Lengths are in Unicode code points, without outer white space. */
 record Draft(String author, String body) {
     static final int AUTHOR_MOST = 80, BODY_MOST = 2_000;
+    /** It is kept, as all of the text is, and takes memory as all of the text does. */
+    private static final int OUTER_SPACE_MOST = 1_000;
 
     Draft {
         Map<String, String> errors = new LinkedHashMap<>();
@@ -592,6 +588,8 @@ record Draft(String author, String body) {
         int length = stripped.codePointCount(0, stripped.length());
         if (length == 0) errors.put(field, field + " is empty");
         if (length > most) errors.put(field, field + " has " + length + " characters, " + most + " are allowed");
+        if (text.length() - stripped.length() > OUTER_SPACE_MOST)
+            errors.put(field, field + " has more than " + OUTER_SPACE_MOST + " characters of white space around it");
     }
 
     /** From {@code {"author","body"}}. Other fields are ignored, a field given twice is an error. */
@@ -672,47 +670,28 @@ record PageQuery(long before, int limit) {
 }
 
 /**
- * Messages, newest first, and whether older ones follow. Shared by all who asked the same in one batch.
- * {@link #cursor}: whoever asks for the events after it misses none that is not on this page.
+ * Messages, newest first; shared by all who asked the same in one batch. All null while PostgreSQL is away.
+ *
+ * @param next   the query for older ones, null if there are none
+ * @param cursor whoever asks for the events after it misses none that is not on this page
  */
-final class MessagePage {
-    static final MessagePage UNKNOWN = new MessagePage(null, PageQuery.NEWEST, false, null);
-    private final List<Message> messages;
-    private final PageQuery query;
-    private final boolean more;
-    private final Cursor cursor;
-    private volatile byte[] json;
+record MessagePage(List<Message> messages, String next, String cursor, byte[] json) {
+    static final MessagePage UNKNOWN = new MessagePage(null, null, null, null);
 
-    MessagePage(List<Message> messages, PageQuery query, boolean more, Cursor cursor) {
-        this.messages = messages;
-        this.query = query;
-        this.more = more;
-        this.cursor = cursor;
-    }
-
-    /** Null when PostgreSQL is away. */
-    List<Message> messages() { return messages; }
-
-    /** Null when PostgreSQL is away. */
-    String cursor() { return cursor == null ? null : cursor.toString(); }
-
-    /** Where older messages are, or null when these are the oldest. */
-    String next() { return more ? "limit=" + query.limit() + "&before=" + messages.getLast().id() : null; }
-
-    byte[] json() { // made once, however many asked: two threads racing here make the same bytes
-        if (json == null) {
-            StringJoiner list = new StringJoiner(",", "{\"messages\":[", "],\"next\":");
-            for (Message message : messages) list.add(message.json());
-            json = (list + (more ? "\"/api/messages?" + next() + '"' : "null") + '}').getBytes(UTF_8);
-        }
-        return json;
+    /** @param found one more than was asked for, if there are so many */
+    static MessagePage of(PageQuery query, List<Message> found, Cursor cursor) {
+        boolean more = found.size() > query.limit();
+        List<Message> messages = more ? found.subList(0, query.limit()) : found;
+        String next = more ? "limit=" + query.limit() + "&before=" + messages.getLast().id() : null;
+        return new MessagePage(messages, next, cursor.toString(), Json.object("messages", messages,
+                "next", more ? "/api/messages?" + next : null).getBytes(UTF_8));
     }
 }
 
 /** All visits, and how many each instance answered; the total is their sum. Null total: Redis is away. */
 record Counts(Long total, Map<String, Long> byInstance) {
     static final Counts UNKNOWN = new Counts(null, Map.of());
-    String json() { return Json.object("total", total, "byInstance", byInstance); }
+    String json() { return Json.of(this); }
 }
 
 /**
@@ -785,16 +764,16 @@ final class Batcher<Q, A> implements AutoCloseable {
      * Answers a batch, in its order, or as many of the first as it can at once (one at least): the rest comes
      * again. Called by the batcher's own thread and by I/O threads, but for one batch at a time.
      */
-    interface Work<Q, A> {
-        /** @param mayWait false on an I/O thread: throws {@link NotHere} where it would have to open a connection */
-        List<A> answer(List<Q> questions, boolean mayWait) throws Exception;
-    }
+    interface Work<Q, A> { List<A> answer(List<Q> questions) throws Exception; }
 
     /** Says that this batch is nothing for an I/O thread; the batcher's own thread does it. */
     @SuppressWarnings("serial")
     static final class NotHere extends RuntimeException {
         NotHere() { super("not on an I/O thread", null, false, false); }
     }
+
+    /** Called before whatever may take long, such as opening a connection: an I/O thread waits for nobody. */
+    static void mayWait() { if (Thread.currentThread() instanceof XnioIoThread) throw new NotHere(); }
 
     private record Waiting<Q, A>(Q question, Executor home, BiConsumer<A, Throwable> then) {}
 
@@ -875,7 +854,7 @@ final class Batcher<Q, A> implements AutoCloseable {
         Throwable failure = null;
         long began = System.nanoTime();
         try {
-            answers = work.answer(batch.stream().map(Waiting::question).toList(), here == null);
+            answers = work.answer(batch.stream().map(Waiting::question).toList());
         } catch (Throwable e) { // an Error too: those who wait have to hear of it
             failure = e;
         } finally {
@@ -952,12 +931,10 @@ final class Dependency implements AutoCloseable {
     /**
      * Whether to try. Of an instance that was cut off the network and is back, the first requests come before its
      * watcher has seen the server again: they wait for that look.
-     *
-     * @param mayWait false on an I/O thread, which waits for nobody
      */
-    boolean mayTry(boolean mayWait) throws InterruptedException {
+    boolean mayTry() throws InterruptedException {
         if (state != State.DOWN) return true;
-        if (!mayWait) throw new Batcher.NotHere();
+        Batcher.mayWait();
         synchronized (this) {
             if (state == State.DOWN) wait(RETURN_MILLIS);
         }
@@ -1054,10 +1031,10 @@ final class Database implements AutoCloseable {
      *
      * @throws Problem 503, if PostgreSQL can't be reached or can't do it
      */
-    <T> T run(boolean mayWait, Work<T> work) throws InterruptedException {
-        if (!health.mayTry(mayWait)) throw Problem.unavailable("PostgreSQL is away");
+    <T> T run(Work<T> work) throws InterruptedException {
+        if (!health.mayTry()) throw Problem.unavailable("PostgreSQL is away");
         try {
-            return attempt(mayWait, work);
+            return attempt(work);
         } catch (SQLException e) {
             boolean lost = isLost(e);
             if (lost) health.failed(e);
@@ -1067,16 +1044,16 @@ final class Database implements AutoCloseable {
     }
 
     /** The same also when PostgreSQL is known to be down: how its watcher finds out that it is back. */
-    synchronized <T> T attempt(boolean mayWait, Work<T> work) throws SQLException {
+    synchronized <T> T attempt(Work<T> work) throws SQLException {
         for (boolean fresh = connection == null; ; fresh = true) {
-            if (connection == null && !mayWait) throw new Batcher.NotHere();
+            if (connection == null) Batcher.mayWait();
             try {
                 if (connection == null) connection = open();
                 return work.with(connection);
             } catch (SQLException e) {
-                if (isLost(e) || e.getSQLState().startsWith("42")) abandon(connection);
-                        // 42: perhaps no table, no column
-                else throw e;
+                // 42: a table or a column is missing. A new connection makes sure of the schema.
+                if (!isLost(e) && !e.getSQLState().startsWith("42")) throw e;
+                abandon(connection);
                 if (fresh || e.getCause() instanceof SocketTimeoutException) throw e;
             }
         }
@@ -1095,22 +1072,30 @@ final class Database implements AutoCloseable {
         }
     }
 
-    /**
-     * Creates the table where there is none, and what an older one lacks; under a lock, because three instances
-     * start at once. An index on a million rows takes a second or two, in which writes wait.
-     */
+    /** Creates the table where there is none, and what an older one lacks. */
     private static void makeSureOfSchema(Connection connection, Statement statement) throws SQLException {
-        ResultSet columns = statement.executeQuery("""
-                SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('messages') AND attname = 'tx'""");
-        columns.next();
-        if (columns.getInt(1) == 0) {
-            connection.setNetworkTimeout(Runnable::run, 600_000);
-            statement.execute("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 900;"
-                    + "SELECT pg_advisory_xact_lock(3); " + SCHEMA + "; COMMIT");
+        if (!isTrue(statement, """
+                SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('messages') AND attname = 'tx')
+                   AND EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('messages_tx'))""")) {
+            // Each by itself: while the index of a large table is made, nobody writes, but all can read.
+            for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
             Log.info("schema_made");
         }
         // Rows that came with a dump from another server have its numbers, which may lie in the future of this one.
-        statement.execute("UPDATE messages SET tx = '0' WHERE tx >= pg_snapshot_xmax(pg_current_snapshot())");
+        String strange = "tx >= pg_snapshot_xmax(pg_current_snapshot())";
+        if (isTrue(statement, "SELECT EXISTS (SELECT FROM messages WHERE " + strange + ")"))
+            change(connection, statement, "UPDATE messages SET tx = '0' WHERE " + strange);
+    }
+
+    /** However long it takes; one instance after the other, since three start at once. */
+    private static void change(Connection connection, Statement statement, String sql) throws SQLException {
+        connection.setNetworkTimeout(Runnable::run, 600_000);
+        statement.execute("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 900;"
+                + "SELECT pg_advisory_xact_lock(3); " + sql + "; COMMIT");
+    }
+
+    private static boolean isTrue(Statement statement, String sql) throws SQLException {
+        try (ResultSet row = statement.executeQuery(sql)) { return row.next() && row.getBoolean(1); }
     }
 
     /**
@@ -1139,10 +1124,7 @@ final class Messages implements AutoCloseable {
      * One statement for what is new and for what was stored before under the same key. It writes to the row in either
      * case, so that its commit waits for the disk (and for a standby, where one has to have it) in either case: a row
      * that is seen may not be safe yet. Of a new row, the text is not sent back. The commit is on disk before it is
-     * told,
-     * whatever the server's default. Sorted by key (see save), so that two instances with the same keys lock them in
-     * the
-     * same order.
+     * told, whatever the server's default. Sorted by key (see save): two instances lock the same keys in one order.
      */
     private static final String SAVE = """
             WITH durable AS (SELECT set_config('synchronous_commit', 'on', true))
@@ -1189,7 +1171,7 @@ final class Messages implements AutoCloseable {
     }
 
     void ping() throws SQLException {
-        forPings.attempt(true, connection -> {
+        forPings.attempt(connection -> {
             try (var statement = connection.createStatement()) {
                 return statement.execute("SELECT FROM messages LIMIT 1");
             }
@@ -1197,10 +1179,10 @@ final class Messages implements AutoCloseable {
     }
 
     /** Stores what is new; finds what was stored before under the same key. Durable when it returns. */
-    List<Saved> save(List<Write> writes, boolean mayWait) throws InterruptedException {
+    List<Saved> save(List<Write> writes) throws InterruptedException {
         TreeMap<String, Write> byKey = new TreeMap<>();
         for (Write write : writes) byKey.putIfAbsent(write.key().stored(), write);
-        return forWrites.run(mayWait, connection -> {
+        return forWrites.run(connection -> {
             Map<String, Saved> stored = insert(connection, byKey);
             List<Saved> saved = new ArrayList<>(writes.size());
             for (Write write : writes) {
@@ -1237,10 +1219,10 @@ final class Messages implements AutoCloseable {
      * Answers the first queries, as many as it reads at once, with one statement; it begins after the queries came, so
      * each sees all that was acknowledged.
      */
-    List<MessagePage> pages(List<PageQuery> waiting, boolean mayWait) throws InterruptedException {
+    List<MessagePage> pages(List<PageQuery> waiting) throws InterruptedException {
         List<PageQuery> queries = atOnce(waiting);
         List<PageQuery> distinct = queries.stream().distinct().toList();
-        Map<PageQuery, MessagePage> pages = forReads.run(mayWait, connection -> read(connection, distinct));
+        Map<PageQuery, MessagePage> pages = forReads.run(connection -> read(connection, distinct));
         return queries.stream().map(pages::get).toList();
     }
 
@@ -1255,8 +1237,8 @@ final class Messages implements AutoCloseable {
         return queries;
     }
 
-    private static Map<PageQuery, MessagePage> read(Connection connection,
-            List<PageQuery> queries) throws SQLException {
+    private static Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries)
+            throws SQLException {
         List<List<Message>> found = new ArrayList<>();
         for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
         Cursor cursor = null;
@@ -1266,31 +1248,26 @@ final class Messages implements AutoCloseable {
             select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
             try (ResultSet rows = select.executeQuery()) {
                 while (rows.next()) {
-                    if (cursor == null) cursor = new Cursor(Long.parseLong(rows.getString(7)), 0);
-                            // the same in every row
+                    cursor = new Cursor(Long.parseLong(rows.getString(7)), 0); // the same in every row
                     if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
                 }
             }
         }
         Map<PageQuery, MessagePage> pages = new HashMap<>();
-        for (int i = 0; i < queries.size(); i++) pages.put(queries.get(i), page(queries.get(i), found.get(i), cursor));
+        for (int i = 0; i < queries.size(); i++)
+            pages.put(queries.get(i), MessagePage.of(queries.get(i), found.get(i), cursor));
         return pages;
     }
 
-    private static MessagePage page(PageQuery query, List<Message> found, Cursor cursor) {
-        boolean more = found.size() > query.limit();
-        return new MessagePage(List.copyOf(more ? found.subList(0, query.limit()) : found), query, more, cursor);
-    }
-
     /** For a batcher: what follows each of these places. Two reads at most; those a read covers are answered by it. */
-    List<Stretch> following(List<Cursor> places, boolean mayWait) throws InterruptedException {
+    List<Stretch> following(List<Cursor> places) throws InterruptedException {
         List<Stretch> answers = new ArrayList<>();
         Set<Stretch> read = new LinkedHashSet<>();
         for (Cursor place : places) {
             Optional<Stretch> covering = read.stream().filter(one -> one.answers(place)).findFirst();
             if (covering.isEmpty() && read.size() == ROWS_MOST / EVENTS_MOST) break;
             Stretch answer = covering.isPresent() ? covering.get()
-                    : forEvents.run(mayWait, connection -> following(connection, place));
+                    : forEvents.run(connection -> following(connection, place));
             read.add(answer);
             answers.add(answer);
         }
@@ -1311,8 +1288,7 @@ final class Messages implements AutoCloseable {
     }
 
     /**
-     * Where this message stands, or the last one before it; null if its id was not given out yet. For {@link
-     * Cursor#NOW}
+     * Where this message stands, or the last one before it; null if its id was not given out yet. Of {@link Cursor#NOW}
      * the place behind all that is settled: what is stored from now on follows it.
      */
     private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
@@ -1344,8 +1320,7 @@ final class Messages implements AutoCloseable {
         boolean whole = cursors.size() < EVENTS_MOST;
         Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
         return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
-                bytes.toByteArray(),
-                whole, known);
+                bytes.toByteArray(), whole, known);
     }
 
     private static Array texts(Connection connection, Stream<String> texts) throws SQLException {
@@ -1374,8 +1349,8 @@ final class Counters implements AutoCloseable {
     /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
     private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
-    private static final String BEATS = "{visits:total}:beats"; // when each instance was last heard of
-    private static final String CHANNEL = "threefold:events";
+    /** What wakes the others; and, with the number of the database behind it, who is here. */
+    static final String EVENTS = "threefold:events", INSTANCES = "threefold:instances:";
 
     // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
     private static final String COUNT = """
@@ -1388,31 +1363,28 @@ final class Counters implements AutoCloseable {
             redis.call('DEL', KEYS[2])""";
 
     /**
-     * "I am here", every five seconds. What those counted who were not heard of for a minute is kept as one number:
-     * names
-     * of containers come and go, and would be kept for ever. Only who has been here for a minute itself looks after
-     * that.
+     * What those counted who are not here (any more) is kept as one number: names of containers come and go, and would
+     * be kept for ever. ARGV: who is here, and the name for all others.
      */
-    private static final String BEAT = """
-            local now = tonumber(redis.call('TIME')[1])
-            redis.call('HSET', KEYS[2], ARGV[1], now)
-            if ARGV[2] == 'new' then return end
+    private static final String FOLD = """
+            local here = {}
+            for i = 1, #ARGV do here[ARGV[i]] = true end
             local names = redis.call('HKEYS', KEYS[1])
             for i = 1, #names do
-              local beat = tonumber(redis.call('HGET', KEYS[2], names[i]) or 0)
-              if names[i] ~= 'earlier instances' and now - beat > 60 then
-                redis.call('HINCRBY', KEYS[1], 'earlier instances', redis.call('HGET', KEYS[1], names[i]))
+              if not here[names[i]] then
+                redis.call('HINCRBY', KEYS[1], ARGV[#ARGV], redis.call('HGET', KEYS[1], names[i]))
                 redis.call('HDEL', KEYS[1], names[i])
-                redis.call('HDEL', KEYS[2], names[i])
+                redis.call('PUBLISH', 'threefold:events', 'visited')
               end
             end""";
-    private static final int PINGS_A_BEAT = 10, PINGS_A_MINUTE = 120;
+    private static final String EARLIER = "earlier instances";
+    private static final int BEATS_A_FOLD = 20;
 
     private final Config.Redis config;
     private final Dependency health;
     private final String instance;
     private final JedisClientConfig client;
-    private int pings;
+    private int beats;
     private volatile ConnectionProvider connections; // made when first needed: with Sentinels, that asks them
     private boolean closed;
 
@@ -1446,9 +1418,9 @@ final class Counters implements AutoCloseable {
     private interface Command<T> { T with(Jedis redis); }
 
     /** @throws Problem 503; never repeated here, because a count that seems lost may have been counted */
-    private <T> T run(boolean mayWait, Command<T> command) throws InterruptedException {
-        if (!health.mayTry(mayWait)) throw Problem.unavailable("Redis is away");
-        if (!mayWait && !hasIdle()) throw new Batcher.NotHere();
+    private <T> T run(Command<T> command) throws InterruptedException {
+        if (!health.mayTry()) throw Problem.unavailable("Redis is away");
+        if (!hasIdle()) Batcher.mayWait();
         try (Jedis redis = new Jedis(connections().getConnection())) {
             return command.with(redis);
         } catch (JedisException e) {
@@ -1458,16 +1430,15 @@ final class Counters implements AutoCloseable {
         }
     }
 
-    /** No connection, or a server that is loading, or no primary (any more). All else it refuses,
-            it refuses for good. */
+    /** No connection, a server that is loading, or no primary (any more). What else it refuses, it refuses for good. */
     private static boolean isLost(JedisException e) {
         return e instanceof JedisConnectionException || e.getMessage() != null
                 && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::contains);
     }
 
     /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */
-    List<Long> count(int visits, boolean mayWait) throws InterruptedException {
-        long last = run(mayWait, redis -> {
+    List<Long> count(int visits) throws InterruptedException {
+        long last = run(redis -> {
             Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE),
                     List.of(instance, Integer.toString(visits)));
             // A number that only a server that may die has must not be told: the next one would give it again.
@@ -1480,8 +1451,8 @@ final class Counters implements AutoCloseable {
         return numbers;
     }
 
-    Counts read(boolean mayWait) throws InterruptedException {
-        List<?> found = run(mayWait, redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
+    Counts read() throws InterruptedException {
+        List<?> found = run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
         Map<String, Long> byInstance = new TreeMap<>();
         List<?> pairs = (List<?>) found.get(1);
         for (int i = 0; i + 1 < pairs.size(); i += 2)
@@ -1490,25 +1461,39 @@ final class Counters implements AutoCloseable {
     }
 
     /** Tells this word to all instances, the own one too. */
-    void publish(String word) throws InterruptedException { run(true, redis -> redis.publish(CHANNEL, word)); }
+    void publish(String word) throws InterruptedException { run(redis -> redis.publish(EVENTS, word)); }
 
     /** Blocks for as long as the subscription lasts; on a connection of its own. */
     void subscribe(JedisPubSub listener) {
         HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels
                 ? sentinels.getCurrentMaster()
                 : config.hosts().getFirst();
-        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, CHANNEL); }
+        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, EVENTS, INSTANCES + config.db()); }
     }
 
-    void ping() {
+    /**
+     * Tells the others that this instance lives, and finds out whether Redis does.
+     *
+     * @param known the names of all that were heard of in the last minute; empty if that can't be said
+     */
+    void beat(Presence presence, Set<String> known) {
         if (!health.isUp()) pools().forEach(Pool::clear); // connections to the server that went away
         try (Jedis redis = new Jedis(connections().getConnection())) {
-            redis.ping();
-            if (!health.isUp()) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
-            if (!health.isUp()) pings = 0; // while Redis was away, nobody could be heard of
-            if (pings++ % PINGS_A_BEAT == 0) redis.eval(BEAT, List.of(BY_INSTANCE, BEATS),
-                    List.of(instance, pings < PINGS_A_MINUTE ? "new" : "settled"));
+            redis.publish(INSTANCES + config.db(), presence.json());
+            if (!health.isUp() || beats % BEATS_A_FOLD == 0) merge(redis);
+            if (beats++ % BEATS_A_FOLD == 0 && !known.isEmpty()) redis.eval(FOLD, List.of(BY_INSTANCE),
+                    Stream.concat(known.stream(), Stream.of(EARLIER)).toList());
         }
+    }
+
+    /** Again and again: instances of the first version may still run beside this one, and count in the old place. */
+    private static void merge(Jedis redis) {
+        if (redis.exists(BY_INSTANCE_ONCE)) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+    }
+
+    /** The last word of an instance that stops. */
+    void goodbye(Presence presence) throws InterruptedException {
+        if (health.isUp()) run(redis -> redis.publish(INSTANCES + config.db(), presence.as(Presence.GONE).json()));
     }
 
     private List<Pool<?>> pools() {
@@ -1528,6 +1513,78 @@ final class Counters implements AutoCloseable {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------- Who is here
+
+/**
+ * What an instance says of itself, and what the others make of it when it says nothing more.
+ *
+ * @param since             when it started, ISO 8601
+ * @param requestsPerSecond answered in its last second; null if nobody knows
+ */
+record Presence(String instance, String state, String since, String version, Long requestsPerSecond) {
+    static final String READY = "ready", UNAVAILABLE = "unavailable", LEAVING = "leaving", SILENT = "silent",
+            GONE = "gone", UNKNOWN = "unknown";
+
+    Presence as(String state) { return new Presence(instance, state, since, version, null); }
+
+    String json() { return Json.of(this); }
+}
+
+/**
+ * Which instances there are. Twice a second each tells all, through Redis, that it lives; as all hear the same, all
+ * give the same list. Nothing of it is stored. Who is not heard is silent, then gone, then forgotten.
+ */
+final class Instances {
+    private static final long SILENT_MILLIS = 1_400, GONE_MILLIS = 10_000, FORGOTTEN_MILLIS = 60_000;
+    /** More names than this are nobody's instances. */
+    private static final int MOST = 1_000, LONGEST = 1_000;
+
+    private record Heard(Presence said, long at) {}
+
+    private final Map<String, Heard> heard = new ConcurrentHashMap<>();
+    private volatile boolean listening;
+    private volatile long listeningSince; // before, nobody could be heard
+
+    private static long now() { return System.nanoTime() / 1_000_000; }
+
+    /** Whether there is a subscription. */
+    void listen(boolean begun) {
+        listeningSince = now();
+        listening = begun;
+    }
+
+    /** Somebody's word. What is none is passed over: anybody who may use Redis can publish. */
+    void hear(String json) {
+        Presence said = json.length() > LONGEST ? null : Json.read(json, Presence.class);
+        if (said == null || said.instance() == null || said.state() == null) return;
+        if (heard.size() < MOST || heard.containsKey(said.instance()))
+            heard.put(said.instance(), new Heard(said, now()));
+    }
+
+    /** All, by name: web2 before web10. */
+    List<Presence> all() {
+        heard.values().removeIf(one -> listening && silence(one) > FORGOTTEN_MILLIS);
+        return heard.values().stream().map(this::seen)
+                .sorted(Comparator.comparing(Presence::instance, HtmlPage.BY_NAME)).toList();
+    }
+
+    private Presence seen(Heard one) {
+        if (!listening) return one.said.as(Presence.UNKNOWN);
+        if (one.said.state().equals(Presence.GONE) || silence(one) > GONE_MILLIS) return one.said.as(Presence.GONE);
+        return silence(one) > SILENT_MILLIS ? one.said.as(Presence.SILENT) : one.said;
+    }
+
+    private long silence(Heard one) { return now() - Math.max(one.at, listeningSince); }
+
+    /** Who was heard of in the last minute; empty while it has not listened for so long. */
+    Set<String> known() {
+        if (!listening || now() - listeningSince <= FORGOTTEN_MILLIS) return Set.of();
+        return all().stream().map(Presence::instance).collect(Collectors.toSet());
+    }
+
+    String json() { return Json.of(all()); }
+}
+
 // ---------------------------------------------------------------------------------------------------- Live events
 
 /**
@@ -1541,25 +1598,27 @@ final class Counters implements AutoCloseable {
 final class Events implements AutoCloseable {
     static final String TYPE = "text/event-stream; charset=UTF-8";
     static final int MOST_VIEWERS = 1_024;
-    private static final int TICK_MILLIS = 50, TICKS_A_SECOND = 1_000 / TICK_MILLIS;
+    private static final int TICK_MILLIS = 50;
     /** The words on the channel. The first version says the first one too, when it wants viewers brought up to date. */
-    private static final String STORED = "missed", VISITED = "visited", ALIVE = "alive";
+    private static final String STORED = "missed", VISITED = "visited";
 
     private final Counters counters;
     private final Batcher<Cursor, Stretch> following;
+    private final Instances instances;
     private final Held held;
     private final Metrics metrics;
     private final Set<Viewer> viewers = ConcurrentHashMap.newKeySet();
     private final AtomicBoolean stored = new AtomicBoolean(), visited = new AtomicBoolean(); // others have to be told
     private final AtomicBoolean lookForMessages = new AtomicBoolean(), lookForCounts = new AtomicBoolean();
-    private volatile byte[] counts;      // the newest, as an event; null while nobody views
+    private volatile byte[] counts, present; // the newest, as events; null while nobody views
     private volatile boolean closed;
     private volatile JedisPubSub subscription;
     private Thread teller, listener;
 
-    Events(Counters counters, Batcher<Cursor, Stretch> following, Held held, Metrics metrics) {
+    Events(Counters counters, Batcher<Cursor, Stretch> following, Instances instances, Held held, Metrics metrics) {
         this.counters = counters;
         this.following = following;
+        this.instances = instances;
         this.held = held;
         this.metrics = metrics;
     }
@@ -1596,15 +1655,16 @@ final class Events implements AutoCloseable {
     }
 
     private void tellLoop() {
+        long looked = System.nanoTime();
         for (long tick = 1; !closed && Http.pause(TICK_MILLIS); tick++) {
-            boolean second = tick % TICKS_A_SECOND == 0; // a look, whoever said what; and those who are stuck
-            if (tick % (3 * TICKS_A_SECOND) == 0) attempt(() -> counters.publish(ALIVE));
-                    // a dead subscription is noticed
+            boolean second = System.nanoTime() - looked > 1_000_000_000L; // a look, whoever said what
+            if (second) looked = System.nanoTime();
             attempt(() -> wakeOthers(stored, lookForMessages, STORED));
             if (lookForMessages.getAndSet(false) || second) viewers.forEach(Viewer::wake);
-            if (tick % 6 != 0) continue; // visits: at most four events a second
+            if (tick % 6 != 0) continue; // visits and instances: at most four events a second
             attempt(() -> wakeOthers(visited, lookForCounts, VISITED));
             attempt(this::readCounts);
+            attempt(this::lookAround);
         }
     }
 
@@ -1633,27 +1693,49 @@ final class Events implements AutoCloseable {
     private void readCounts() throws InterruptedException {
         if (viewers.isEmpty()) counts = null;
         else if (lookForCounts.getAndSet(false) || counts == null) {
-            counts = frame("visit", null, counters.read(true).json());
+            try {
+                counts = frame("visit", null, counters.read().json());
+            } catch (Problem away) {
+                lookForCounts.set(true);
+            }
             viewers.forEach(Viewer::wake);
         }
     }
 
+    private void lookAround() {
+        byte[] newest = viewers.isEmpty() ? null : frame("instances", null, instances.json());
+        if (Arrays.equals(newest, present)) return;
+        present = newest;
+        viewers.forEach(Viewer::wake);
+    }
+
+    /** Its own word comes each half second (see Counters.beat), so that a dead subscription is noticed. */
     private void listenLoop() {
         while (!closed) {
-            attempt(() -> counters.subscribe(subscription = new JedisPubSub() {
+            attempt(() -> listen(new JedisPubSub() {
                 @Override public void onSubscribe(String channel, int count) { // what was said meanwhile is lost
                     if (closed) unsubscribe();
+                    instances.listen(true);
                     lookForMessages.set(true);
                     lookForCounts.set(true);
                 }
 
                 @Override public void onMessage(String channel, String word) { // version 1 tells the visits themselves
-                    if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
-                    else if (!word.equals(ALIVE)) lookForMessages.set(true);
+                    if (channel.startsWith(Counters.INSTANCES)) instances.hear(word);
+                    else if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
+                    else lookForMessages.set(true);
                 }
             }));
+            instances.listen(false);
             if (!Http.pause(250)) return;
         }
+    }
+
+    private void listen(JedisPubSub listener) {
+        subscription = listener;
+        try {
+            counters.subscribe(listener);
+        } catch (JedisException away) { /* whoever watches it has logged it */ }
     }
 
     /** Ends the streams; browsers come back to another instance and say what they saw last. */
@@ -1690,7 +1772,7 @@ final class Events implements AutoCloseable {
         private boolean wanted = true, asking; // what follows its place
         private boolean begun, gone;
         private int caughtUp;            // messages since it was up to date
-        private byte[] toldCounts;
+        private byte[] toldCounts, toldPresent;
         private ByteBuffer unsent = ByteBuffer.allocate(0);
         private int heldBytes;
         private long lastSent = System.nanoTime();
@@ -1704,11 +1786,11 @@ final class Events implements AutoCloseable {
             exchange.getConnection().addCloseListener(connection -> leave());
         }
 
-        void wake() {
-            exchange.getIoThread().execute(() -> {
-                wanted = true;
-                pump();
-            });
+        void wake() { exchange.getIoThread().execute(this::goOn); }
+
+        private void goOn() {
+            wanted = true;
+            pump();
         }
 
         private void pump() {
@@ -1719,12 +1801,13 @@ final class Events implements AutoCloseable {
 
         private boolean hasMore() throws IOException {
             sink.suspendWrites();
-            byte[] newest = counts;
+            byte[] newest = counts, around = present;
             if (closed) end();
             else if (begun && gap && told != null) {
                 gap = false;
                 return put("gap", frame("gap", told, Json.object("after", named)));
             } else if (begun && newest != null && newest != toldCounts) return put("visit", toldCounts = newest);
+            else if (begun && around != null && around != toldPresent) return put("instances", toldPresent = around);
             else ask();
             return begun && !gone && System.nanoTime() - lastSent > HEARTBEAT_NANOS && put(null, HEARTBEAT);
         }
@@ -1778,7 +1861,8 @@ final class Events implements AutoCloseable {
                 unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
             }
             if (stretch.upTo().compareTo(told) > 0) told = stretch.upTo();
-            wanted |= !stretch.whole();
+            // Whoever catches up lets others have their turn between two reads.
+            if (!stretch.whole()) exchange.getIoThread().executeAfter(this::goOn, 1, TimeUnit.MILLISECONDS);
         }
 
         /** Whether all that was begun is sent. */
@@ -1863,6 +1947,8 @@ final class Http implements AutoCloseable {
     private static final AttachmentKey<Integer> HELD = AttachmentKey.create(Integer.class);
     /** Below this an answer is always sent; above, it needs room in {@link Held}. */
     private static final int LARGE = 16 * 1024;
+    /** A body is in memory as its bytes and as text, whose letters take two bytes each. */
+    private static final int BODY_COPIES = 3;
 
     interface Action { void run() throws Throwable; }
     interface Reply<A> { void send(HttpServerExchange exchange, A answer) throws Throwable; }
@@ -1872,6 +1958,8 @@ final class Http implements AutoCloseable {
     private final Held held;
     private final Metrics metrics;
     private final AtomicInteger inFlight = new AtomicInteger();
+    private final LongAdder answered = new LongAdder();
+    private final Rate rate = new Rate();
     private volatile boolean draining;
     private XnioWorker worker;
     private Undertow server;
@@ -1883,6 +1971,9 @@ final class Http implements AutoCloseable {
     }
 
     int inFlight() { return inFlight.get(); }
+
+    /** Answers of the last second or so; for one caller, who asks more than once a second. */
+    long requestsPerSecond() { return rate.of(answered.sum()); }
     boolean isDraining() { return draining; }
     boolean isListening() { return server != null; }
     int port() { return ((InetSocketAddress) server.getListenerInfo().getFirst().getAddress()).getPort(); }
@@ -1895,18 +1986,18 @@ final class Http implements AutoCloseable {
                 .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
         HttpHandler router = router(routes);
         Undertow built = Undertow.builder()
-                .addHttpListener(config.port(), config.host())
+                // Java takes 0.0.0.0 for all addresses of both kinds, and :: fails where IPv6 is switched off.
+                .addHttpListener(config.port(), config.host().equals("::") ? "0.0.0.0" : config.host())
                 .setWorker(worker)
                 .setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 4))
                 .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router)))
-                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB for
-                // each.
+                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB each.
                 .setSocketOption(Options.SEND_BUFFER, 32 * 1024)
                 .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
                 .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * BODY_MOST) // up to here a 413 reads to the end
                 .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
                 .setServerOption(UndertowOptions.MAX_HEADERS, 1_000)
-                .setServerOption(UndertowOptions.MAX_PARAMETERS, 100)
+                .setServerOption(UndertowOptions.MAX_PARAMETERS, 24 * 1024)         // as many as fit
                 .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
                 .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
                 .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
@@ -1964,6 +2055,7 @@ final class Http implements AutoCloseable {
         inFlight.incrementAndGet();
         exchange.addExchangeCompleteListener((ended, next) -> {
             inFlight.decrementAndGet();
+            answered.increment();
             finished(ended);
             next.proceed();
         });
@@ -2039,7 +2131,7 @@ final class Http implements AutoCloseable {
             exchange.setPersistent(false); // what is left of the body would be taken for the next request
             throw Problem.tooLarge();
         }
-        hold(exchange, length < 0 ? BODY_MOST : (int) length);
+        hold(exchange, BODY_COPIES * (length < 0 ? BODY_MOST : (int) length), 0);
         exchange.getRequestReceiver().setMaxBufferSize(BODY_MOST);
         exchange.getRequestReceiver().receiveFullBytes(
                 (ex, bytes) -> guarded(ex, () -> then.send(ex, bytes)),
@@ -2050,9 +2142,9 @@ final class Http implements AutoCloseable {
                 });
     }
 
-    /** Counts bytes that stay in memory until the exchange is over. */
-    private void hold(HttpServerExchange exchange, int bytes) {
-        if (bytes >= LARGE && !held.hasRoomFor(bytes)) throw Problem.overloaded();
+    /** Counts bytes that stay in memory until the exchange is over; fewer than {@code free} are always allowed. */
+    private void hold(HttpServerExchange exchange, int bytes, int free) {
+        if (bytes >= free && !held.hasRoomFor(bytes)) throw Problem.overloaded();
         held.add(bytes);
         exchange.putAttachment(HELD, Objects.requireNonNullElse(exchange.getAttachment(HELD), 0) + bytes);
     }
@@ -2086,7 +2178,7 @@ final class Http implements AutoCloseable {
 
     /** @throws Problem 503 for a large answer while too much waits for slow readers */
     void send(HttpServerExchange exchange, int status, String type, byte[] body) {
-        hold(exchange, body.length);
+        hold(exchange, body.length, LARGE);
         exchange.setStatusCode(status);
         exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, type);
         if (!exchange.getResponseHeaders().contains(Headers.CACHE_CONTROL))
@@ -2145,6 +2237,21 @@ final class Http implements AutoCloseable {
     }
 }
 
+/** Of a number that only grows: by how much in a second, looked at once a second at most. */
+final class Rate {
+    private long last, began = System.nanoTime(), perSecond;
+
+    long of(long number) {
+        double seconds = (System.nanoTime() - began) / 1e9;
+        if (seconds > 0.9) {
+            perSecond = Math.round((number - last) / seconds);
+            last = number;
+            began = System.nanoTime();
+        }
+        return perSecond;
+    }
+}
+
 /** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */
 @SuppressWarnings("serial")
 final class Problem extends RuntimeException {
@@ -2187,57 +2294,47 @@ final class Problem extends RuntimeException {
     Map<String, String> errors() { return errors; }
 
     String json() {
-        Json json = new Json().putAll("type", "about:blank", "title", title, "status", status, "detail", getMessage());
-        return (errors.isEmpty() ? json : json.putAll("errors", errors)).end();
+        Map<String, Object> members = new LinkedHashMap<>();
+        members.put("type", "about:blank");
+        members.put("title", title);
+        members.put("status", status);
+        members.put("detail", getMessage());
+        if (!errors.isEmpty()) members.put("errors", errors);
+        return Json.of(members);
     }
 }
 
-/** JSON in one place: written field by field, read strictly. */
+/** JSON in one place: written from records and maps, read strictly. */
 final class Json {
-    private static final Gson GSON = new GsonBuilder().setStrictness(Strictness.STRICT).create();
+    private static final Gson GSON = new GsonBuilder().setStrictness(Strictness.STRICT).serializeNulls()
+            .disableHtmlEscaping().registerTypeAdapter(Instant.class, (JsonSerializer<Instant>)
+                    (time, type, context) -> new JsonPrimitive(time.toString())).create();
     private static final TypeToken<Map<String, JsonElement>> OBJECT = new TypeToken<>() {};
 
-    private final StringWriter text = new StringWriter();
-    private final JsonWriter writer = new JsonWriter(text);
+    private Json() {}
 
-    Json() {
-        writer.setHtmlSafe(false);
-        unchecked(writer::beginObject);
+    /** Of a record, map or list of what JSON knows, and of times. */
+    static String of(Object value) { return GSON.toJson(value); }
+
+    /** An object of names and values in turn; what JSON does not know is written as its text. */
+    static String object(Object... namesAndValues) {
+        Map<String, Object> object = new LinkedHashMap<>();
+        for (int i = 0; i < namesAndValues.length; i += 2) {
+            Object value = namesAndValues[i + 1];
+            boolean known = value == null || value instanceof Number || value instanceof Boolean
+                    || value instanceof Map || value instanceof List;
+            object.put((String) namesAndValues[i], known ? value : value.toString());
+        }
+        return of(object);
     }
 
-    /** An object of names and values in turn; a value is a string, number, boolean, null or map of such. */
-    static String object(Object... namesAndValues) { return new Json().putAll(namesAndValues).end(); }
-
-    Json putAll(Object... namesAndValues) {
-        for (int i = 0; i < namesAndValues.length; i += 2) put((String) namesAndValues[i], namesAndValues[i + 1]);
-        return this;
-    }
-
-    private void put(String name, Object value) {
-        unchecked(() -> {
-            writer.name(name);
-            if (value == null) writer.nullValue();
-            else if (value instanceof Number number) writer.value(number); // `switch` would be built when it starts
-            else if (value instanceof Boolean truth) writer.value(truth);
-            else if (value instanceof Map<?, ?> map) {
-                writer.beginObject();
-                map.forEach((key, one) -> put((String) key, one));
-                writer.endObject();
-            } else writer.value(value.toString());
-        });
-    }
-
-    String end() {
-        unchecked(writer::endObject);
-        return text.toString();
-    }
-
-    private interface Writing { void run() throws IOException; }
-
-    private static void unchecked(Writing writing) {
+    /** Null for what is none of these. */
+    static <T> T read(String json, Class<T> type) {
         try {
-            writing.run();
-        } catch (IOException e) { throw new UncheckedIOException(e); } // a StringWriter has none
+            return GSON.fromJson(json, type);
+        } catch (JsonParseException e) {
+            return null;
+        }
     }
 
     /** @throws Problem 400 for what is not strict JSON (RFC 8259), not an object, or names a field twice */
@@ -2275,6 +2372,9 @@ record Form(String author, String body, Map<String, String> errors, String troub
 final class HtmlPage {
     private static final HttpString CONTENT_SECURITY_POLICY = new HttpString("Content-Security-Policy");
     private static final HttpString X_FRAME_OPTIONS = new HttpString("X-Frame-Options");
+    /** web1, web2, … web10. */
+    static final Comparator<String> BY_NAME =
+            Comparator.comparing(String::length).thenComparing(Comparator.naturalOrder());
 
     private final String style = Service.resource("/page.css"), script = Service.resource("/page.js");
     private final Template template = template(Service.resource("/page.html"));
@@ -2288,8 +2388,10 @@ final class HtmlPage {
         exchange.getResponseHeaders().put(X_FRAME_OPTIONS, "DENY");
     }
 
-    byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query, Form form) {
-        return template.execute(new View(style, script, instance, visit, counts, page, query, form)).getBytes(UTF_8);
+    byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
+            List<Presence> present, Form form) {
+        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
+                .getBytes(UTF_8);
     }
 
     /** A name that the template asks for and that is missing here is an error. */
@@ -2319,7 +2421,7 @@ final class HtmlPage {
 
     /** What the template asks for, by name. */
     private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, Form form) {
+                        PageQuery query, List<Presence> present, Form form) {
         String title() { return form.isRefused() ? "Not stored" : instance; }
         boolean postgresAway() { return page.messages() == null; }
         boolean redisAway() { return counts.total() == null; }
@@ -2339,10 +2441,10 @@ final class HtmlPage {
         Share blankShare() { return Share.BLANK; }
         List<Row> messages() { return postgresAway() ? null : page.messages().stream().map(Row::of).toList(); }
 
-        /** In the order web1, web2, … web10. */
+        Presence blankPresence() { return new Presence("", "", "", "", null); }
+
         List<Share> shares() {
-            Comparator<Map.Entry<String, Long>> byLength = Comparator.comparing(one -> one.getKey().length());
-            return counts.byInstance().entrySet().stream().sorted(byLength.thenComparing(Map.Entry.comparingByKey()))
+            return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(BY_NAME))
                     .map(one -> Share.of(one.getKey(), one.getValue(), counts.total())).toList();
         }
     }
@@ -2474,9 +2576,10 @@ final class Log {
     }
 
     private static void line(String level, String event, Object... namesAndValues) {
-        Json json = new Json().putAll("time", Instant.now().truncatedTo(ChronoUnit.MILLIS), "level", level,
-                "instance", instance, "event", event).putAll(namesAndValues);
-        String line = System.console() == null ? json.end() : readable(event, namesAndValues);
+        Stream<Object> head = Stream.of("time", Instant.now().truncatedTo(ChronoUnit.MILLIS), "level", level,
+                "instance", instance, "event", event);
+        String line = System.console() != null ? readable(event, namesAndValues)
+                : Json.object(Stream.concat(head, Stream.of(namesAndValues)).toArray());
         if (!LINES.offer(line)) DROPPED.incrementAndGet();
     }
 
@@ -2538,6 +2641,15 @@ final class Embedded implements AutoCloseable {
         this.folder = config.dataDir().toAbsolutePath().normalize();
     }
 
+    /** @throws Config.Invalid in the image, which brings no servers */
+    static void check() throws Config.Invalid {
+        try {
+            Class.forName("redis.embedded.RedisServer");
+        } catch (ClassNotFoundException e) {
+            throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
+        }
+    }
+
     /**
      * Starts what the configuration leaves open. A stop that comes meanwhile waits (synchronized), so that nothing
      * is left behind.
@@ -2550,11 +2662,13 @@ final class Embedded implements AutoCloseable {
         lock = lock();
         Log.info("data", "folder", folder.toString());
         try {
+            stopOrphans();
             Config.Secret pass = password();
             if (config.redis().hosts().isEmpty()) config = config.withRedis(startRedis(pass), pass);
             if (config.postgres().hosts().isEmpty()) config = config.withPostgres(startPostgres(pass), pass);
             return config;
         } catch (IOException | SQLException | RuntimeException e) {
+            stopOrphans();
             close();
             throw new Config.Invalid("DATA_DIR=\"" + folder + "\": its PostgreSQL or Redis could not be started ("
                     + Log.reason(e) + "); or set DB_HOST and REDIS_HOST to servers of your own");
@@ -2611,7 +2725,9 @@ final class Embedded implements AutoCloseable {
             Files.deleteIfExists(part);
             Files.createFile(part, PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rw-------")));
             Files.writeString(part, Base64.getUrlEncoder().encodeToString(random));
+            sync(part);
             Files.move(part, file, StandardCopyOption.ATOMIC_MOVE);
+            sync(folder);
         }
         return new Config.Secret(Files.readString(file));
     }
@@ -2619,7 +2735,6 @@ final class Embedded implements AutoCloseable {
     private int startRedis(Config.Secret pass) throws IOException {
         Path data = Files.createDirectories(folder.resolve("redis")), pid = data.resolve("redis.pid");
         Path programs = Files.createDirectories(folder.resolve("redis-programs"));
-        stopOrphan(pid, data, programs);
         int port = freePort();
         redis = RedisServer.newRedisServer().port(port).setting("dir \"" + data + "\"")
                 .executableProvider(ExecutableProvider.newJarResourceProvider(programs.toFile()))
@@ -2632,7 +2747,6 @@ final class Embedded implements AutoCloseable {
     private int startPostgres(Config.Secret pass) throws IOException, SQLException {
         Path data = folder.resolve("postgres"), unfinished = folder.resolve("postgres-unfinished");
         Path programs = folder.resolve("postgres-programs");
-        stopOrphan(data.resolve("postmaster.pid"), data, programs);
         if (Files.exists(unfinished)) deleteTree(data); // killed while it was made: nothing was stored yet
         else if (!Files.exists(data)) makeSynced(unfinished);
         postgres = EmbeddedPostgres.builder().setDataDirectory(data.toFile()).setCleanDataDirectory(false)
@@ -2654,15 +2768,36 @@ final class Embedded implements AutoCloseable {
         }
     }
 
-    /** Ends the server that a killed service left behind; one of ours works in our folder or came from it. */
-    private static void stopOrphan(Path pidFile, Path data, Path programs) throws IOException {
-        String pid = Files.exists(pidFile) ? Files.readString(pidFile).lines().findFirst().orElse("").strip() : "";
-        if (!pid.matches("[0-9]{1,9}")) return;
-        ProcessHandle.of(Long.parseLong(pid)).filter(process -> isOurs(process, data, programs)).ifPresent(process -> {
-            Log.info("stopping_orphan", "program", process.info().command().orElse(""), "pid", process.pid());
-            process.destroy();
-            process.onExit().orTimeout(30, TimeUnit.SECONDS).join();
-        });
+    /** Ends the servers that a killed service left behind, or that began to start and did not. */
+    private void stopOrphans() {
+        stopOrphan("postgres", "postmaster.pid");
+        stopOrphan("redis", "redis.pid");
+    }
+
+    /** One of ours works in our folder or came from it. A stranger's process that bears the number by now is left. */
+    private void stopOrphan(String name, String pidFile) {
+        Path data = folder.resolve(name), file = data.resolve(pidFile), programs = folder.resolve(name + "-programs");
+        try {
+            String pid = Files.exists(file) ? Files.readString(file).lines().findFirst().orElse("").strip() : "";
+            if (!pid.matches("[0-9]{1,9}")) return;
+            ProcessHandle process = ProcessHandle.of(Long.parseLong(pid)).orElse(null);
+            if (process != null && isOurs(process, data, programs)) stop(process);
+            Files.deleteIfExists(file); // PostgreSQL does not start while any process has the number in it
+        } catch (IOException e) {
+            Log.warn("orphan", "file", file, "reason", Log.reason(e));
+        }
+    }
+
+    /** Both servers keep what they have acknowledged, however they end; PostgreSQL would wait for open sessions. */
+    private static void stop(ProcessHandle server) {
+        Log.info("stopping_orphan", "program", server.info().command().orElse(""), "pid", server.pid());
+        server.destroy();
+        try {
+            server.onExit().get(5, TimeUnit.SECONDS);
+        } catch (Exception stillThere) {
+            server.destroyForcibly();
+            server.onExit().orTimeout(30, TimeUnit.SECONDS).join();
+        }
     }
 
     private static boolean isOurs(ProcessHandle process, Path data, Path programs) {

@@ -37,17 +37,25 @@ function paint(element, name) {
   element.style.setProperty('--hue', hue(name));
 }
 
-function drawShares(list, byInstance) {
-  const names = Object.keys(byInstance).sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
-  const total = names.reduce((sum, name) => sum + byInstance[name], 0);
-  for (const row of [...list.children]) if (!Object.hasOwn(byInstance, row.dataset.name)) row.remove();
-  names.forEach((name, i) => {
+/** Makes the list have a row for each name, in this order, and nothing else; a row stays as long as its name. */
+function nameRows(list, template, names) {
+  for (const row of [...list.children]) if (!names.includes(row.dataset.name)) row.remove();
+  return names.map((name, i) => {
     let row = list.children[i];
     if (row?.dataset.name !== name) {
-      row = list.insertBefore(blank('share'), row ?? null);
+      row = list.insertBefore(blank(template), row ?? null);
       row.dataset.name = row.querySelector('.name').textContent = name;
       paint(row, name);
     }
+    return row;
+  });
+}
+
+function drawShares(list, byInstance) {
+  const names = Object.keys(byInstance).sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
+  const total = names.reduce((sum, name) => sum + byInstance[name], 0);
+  nameRows(list, 'share', names).forEach((row, i) => {
+    const name = names[i];
     const percent = (100 * byInstance[name] / Math.max(1, total)).toFixed(1) + '%';
     row.querySelector('rect').setAttribute('width', percent);
     say(row.querySelector('.count'), digits(byInstance[name]));
@@ -58,6 +66,36 @@ function drawShares(list, byInstance) {
 function showVisits({ total, byInstance }) {
   say($('total'), digits(total));
   drawShares($('shares'), byInstance);
+}
+
+// Who is here. What each did in the last minute is drawn once a second, from what it said last.
+
+let present = [];
+const past = new Map(); // by name: requests in each of the last 60 seconds
+
+function showInstances(all) {
+  const before = new Map(present.map(one => [one.instance, one.state]));
+  present = all;
+  nameRows($('instances'), 'presence', all.map(one => one.instance)).forEach((row, i) => {
+    row.dataset.state = all[i].state;
+    say(row.querySelector('.state'), all[i].state);
+    const rate = all[i].requestsPerSecond;
+    say(row.querySelector('.rate'), (rate === null ? '\u2013' : digits(rate)) + '/s');
+  });
+  const changed = all.filter(one => before.size > 0 && before.get(one.instance) !== one.state);
+  if (changed.length > 0) say($('instances-news'), changed.map(one => one.instance + ' is ' + one.state).join(', '));
+}
+
+function drawPast() {
+  for (const name of past.keys()) if (!present.some(one => one.instance === name)) past.delete(name);
+  for (const { instance, requestsPerSecond } of present) {
+    const rates = [...past.get(instance) ?? Array(60).fill(0), requestsPerSecond ?? 0].slice(-60);
+    past.set(instance, rates);
+  }
+  const most = Math.max(10, ...[...past.values()].flat()); // one scale for all
+  for (const row of $('instances').children)
+    row.querySelector('polyline').setAttribute('points',
+      (past.get(row.dataset.name) ?? []).map((rate, second) => second + ',' + (19 - 18 * rate / most)).join(' '));
 }
 
 const readVisits = () => getJson('/api/visits').then(showVisits, () => {}); // the list of troubles tells of Redis
@@ -184,6 +222,7 @@ function listen() {
     hasGap = isNewest;
     closeGap();
   });
+  stream.addEventListener('instances', event => showInstances(JSON.parse(event.data)));
   stream.addEventListener('visit', event => showVisits(JSON.parse(event.data)));
   stream.onopen = () => {
     showLink('live', 'live');
@@ -315,7 +354,9 @@ async function sendUntilAnswered() {
       body: attempt.draft,
       signal: AbortSignal.timeout(5000)
     }).catch(() => null);
-    if (response && ![429, 502, 503, 504].includes(response.status)) return response;
+    const answer = await response?.json() // an answer that broke off is none
+      .catch(() => response.ok ? null : { detail: 'error ' + response.status });
+    if (answer && ![429, 502, 503, 504].includes(response.status)) return { isStored: response.ok, answer };
     say($('form-trouble'), 'No answer yet: trying again\u2026 (' + (tries + 1) + ')');
     if (await Promise.race([stopped, sleep(Math.min(5000, 250 * 2 ** tries))])) return null;
   }
@@ -330,12 +371,12 @@ async function post(event) {
   say($('sent'), '');
   say($('form-trouble'), '');
   setSending(true);
-  const response = await sendUntilAnswered();
+  const said = await sendUntilAnswered();
   setSending(false);
-  if (response === null)
+  if (said === null)
     say($('form-trouble'), 'Not known to be stored. Send it again unchanged: it will not be stored twice.');
-  else if (response.ok) stored(await response.json());
-  else refused(await response.json().catch(() => ({ detail: 'error ' + response.status })));
+  else if (said.isStored) stored(said.answer);
+  else refused(said.answer);
 }
 
 function stored(message) {
@@ -358,7 +399,7 @@ function refused(problem) {
 // ---- start
 
 paint($('answer'), $('instance').textContent);
-for (const row of $('shares').children) paint(row, row.dataset.name);
+for (const row of document.querySelectorAll('[data-name]')) paint(row, row.dataset.name);
 for (const name of list.querySelectorAll('.name')) paint(name, name.textContent);
 for (const time of list.querySelectorAll('time')) time.textContent = localTime(time.dateTime);
 $('icon').href = $('icon').href.replace(/hsl\([0-9]+,[0-9]+/, 'hsl(' + hue($('instance').textContent) + ',65');
@@ -380,5 +421,6 @@ $('again').addEventListener('click', askAgain);
 $('older').addEventListener('click', showOlder);
 document.addEventListener('visibilitychange', listen);
 showLink('connecting', 'connecting\u2026');
+setInterval(drawPast, 1000);
 listen();
 watch();

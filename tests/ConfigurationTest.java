@@ -13,6 +13,7 @@ import java.net.InetAddress;
 import java.net.ServerSocket;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.time.Duration;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
@@ -71,6 +72,19 @@ class ConfigurationTest {
                     .contains(config().instance()), config().instance());
         }
 
+        /** A host may be called as it likes. */
+        @Test void makes_a_name_of_any_host_name() throws Exception {
+            try (Program named = Program.java(Map.of("INSTANCE_ID", "", "HOSTNAME", "ä b" + "x".repeat(70),
+                    "DB_HOST", "127.0.0.1", "DB_PORT", "1", "REDIS_HOST", "127.0.0.1", "REDIS_PORT", "1"))) {
+                Wait.until("it answers", Duration.ofSeconds(10), () -> {
+                    try {
+                        return named.get("/healthz").status() == 200;
+                    } catch (AssertionError notYet) { return false; }
+                });
+                assertTrue(named.get("/healthz").text("instance").matches("[A-Za-z0-9._-]{64}"));
+            }
+        }
+
         @Test void is_the_same_as_what_is_empty() throws Exception {
             assertEquals(config(), config("PORT", "", "DB_HOST", "", "DB_PASS", "", "DB_PASS_FILE", "",
                     "INSTANCE_ID", ""));
@@ -118,6 +132,12 @@ class ConfigurationTest {
         @ParameterizedTest @ValueSource(strings = {"/does/not/exist", "/", "relative/and/missing", "\u0000"})
         void file_that_is_not_there_is_refused(String file) {
             for (String name : List.of("DB_PASS_FILE", "REDIS_PASS_FILE")) assertSays(refusal(name, file), name);
+        }
+
+        @Test void in_an_address_is_not_printed() {
+            String said = refusal("DB_HOST", "postgres://app:s3cret@db/app");
+            assertSays(said, "DB_HOST", "db/app");
+            assertFalse(said.contains("s3cret"), said);
         }
 
         @Test void is_in_no_text_that_shows_the_configuration() throws Exception {

@@ -144,6 +144,25 @@ class EmbeddedTest {
             } finally { process.destroy(); }
         }
 
+        /** PostgreSQL itself would not start while any process has the number in its file. */
+        @Test void are_used_although_a_stranger_has_the_number_of_their_server() throws Exception {
+            Path folder = Servers.FOLDER.resolve("reused");
+            try (Program first = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                first.awaitReady();
+                first.say("a", "before").expect(201);
+            }
+            Process stranger = new ProcessBuilder("sleep", "60").start();
+            try {
+                Files.writeString(folder.resolve("postgres/postmaster.pid"), stranger.pid() + "\n" + folder
+                        .resolve("postgres") + "\n1\n1\n\nlocalhost\n  1 1\nready\n");
+                try (Program again = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                    again.awaitReady();
+                    assertTrue(again.get("/api/messages").body().contains("before"));
+                    assertTrue(stranger.isAlive());
+                }
+            } finally { stranger.destroy(); }
+        }
+
         @Test void are_not_shared_with_a_second_one() throws Exception {
             long visits = running().visits();
             try (Program second = Program.java(Map.of("DATA_DIR", DATA.toString()))) {

@@ -536,8 +536,7 @@ class HttpTest {
         }
 
         @Test void with_many_parameters_is_answered() throws Exception {
-            Answer answer = Servers.one().raw(request("GET", "/api/messages?limit=1" + "&x=1".repeat(500)));
-            assertTrue(Set.of(200, 400).contains(answer.status()), "" + answer);
+            Servers.one().raw(request("GET", "/api/messages?limit=1" + "&x=1".repeat(2_000))).expect(200);
         }
 
         @Test void with_300_headers_is_answered() throws Exception {

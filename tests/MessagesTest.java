@@ -112,6 +112,15 @@ class MessagesTest {
             String author = "  " + "a".repeat(80) + "\n\t ";
             assertEquals(author, Servers.one().say(author, "b").expect(201).text("author"));
         }
+
+        /** It would take memory without counting: a hundred messages of 32 KB of it are more than an instance has. */
+        @ParameterizedTest @ValueSource(strings = {" ", "\u001c"})
+        void has_not_any_amount_of_space_around_it(String space) {
+            String most = space.repeat(500) + "b" + space.repeat(500);
+            assertEquals(most, Servers.one().say("a", most).expect(201).text("body"));
+            Servers.one().say("a", most + space).problem(422, "body", "white space");
+            Servers.one().form("author=a&body=" + encoded(most + space)).problem(422, "body");
+        }
     }
 
     @Nested class A_body {

@@ -4,7 +4,7 @@
 //DEPS org.junit.platform:junit-platform-console:6.1.3
 //SOURCES ../Service.java
 //SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java
-//SOURCES OutageTest.java StoresTest.java EmbeddedTest.java
+//SOURCES OutageTest.java StoresTest.java InstancesTest.java EmbeddedTest.java
 
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
@@ -82,7 +82,8 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  */
 final class ServiceTest {
     static final List<Class<?>> SUBJECTS = List.of(ConfigurationTest.class, HttpTest.class, MessagesTest.class,
-            EventsTest.class, OutageTest.class, StoresTest.class, EmbeddedTest.class);
+            EventsTest.class, OutageTest.class, StoresTest.class, InstancesTest.class,
+            EmbeddedTest.class);
 
     public static void main(String[] names) { run(SUBJECTS, names); }
 

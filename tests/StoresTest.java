@@ -20,6 +20,7 @@ import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.Set;
 import javax.net.ssl.KeyManagerFactory;
 import javax.net.ssl.SSLContext;
 
@@ -146,13 +147,17 @@ class StoresTest {
             }
         }
 
-        /** The numbers of transactions begin anew where a dump is read in;
-                those in the rows would lie in the future. */
+        /** The numbers of transactions begin anew where a dump is read in: those in the rows lie in the future. */
         @Test void that_was_restored_from_a_dump_tells_its_messages() throws Exception {
             String database = Servers.newDatabase();
             Servers.sql(database, Files.readString(Program.root().resolve("init.sql"))
                     + "; INSERT INTO messages (author, body, instance, request_key, tx) VALUES ('a', 'b', 'c', "
-                            + "'d', '99999999999')");
+                            + "'d', '99999999999')"
+                    // As many rows: it takes longer than any statement of a request may.
+                    + "; CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+                            + "$$ BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END $$"
+                    + "; CREATE TRIGGER slow BEFORE UPDATE ON messages FOR EACH ROW "
+                            + "WHEN (OLD.tx IS DISTINCT FROM NEW.tx) EXECUTE FUNCTION slow()");
             try (Instance board = new Instance("restored", Servers.environment(database));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=0")) {
                 Wait.until("it is told", () -> viewer.ids().size() == 1);
@@ -341,7 +346,7 @@ class StoresTest {
 
         @Test void is_used_by_a_user_with_few_rights() throws Exception {
             try (Jedis jedis = in(4); Instance board = board(jedis,
-                    "~visits:* ~{visits:total}:* &threefold:events +@all -@admin")) {
+                    "~visits:* ~{visits:total}:* &threefold:* +@all -@admin")) {
                 board.awaitReady();
                 assertEquals(1, board.visits());
                 assertEquals(1, board.total());
@@ -367,20 +372,55 @@ class StoresTest {
             }
         }
 
+        /** Where instances of the first version run beside new ones for a while. */
+        @Test void into_which_the_first_version_goes_on_counting_loses_no_part_of_the_total() throws Exception {
+            try (Jedis jedis = in(9); Instance board = new Instance("newer",
+                    with(Servers.newDatabase(), "REDIS_DB", "9"))) {
+                board.awaitReady();
+                board.visits();
+                jedis.hincrBy("visits:by-instance", "older", 3);
+                jedis.incrBy("visits:total", 3);
+                Wait.until("the parts are the whole", Duration.ofSeconds(15), () ->
+                        JsonParser.parseString("{\"total\":4,\"byInstance\":{\"newer\":1,\"older\":3}}")
+                                .equals(board.get("/api/visits").expect(200).json()));
+            }
+        }
+
+        /** A Redis Cluster refuses commands whose keys are not all in one slot. */
+        @Test void that_is_a_cluster_counts() throws Exception {
+            int port = Servers.freePort();
+            redis.embedded.RedisServer server = redis.embedded.RedisServer.newRedisServer().port(port)
+                    .setting("cluster-enabled yes").setting("save \"\"").setting("cluster-config-file nodes-" + port)
+                    .setting("dir " + Servers.FOLDER).build();
+            server.start();
+            try (Jedis jedis = new Jedis("127.0.0.1", port)) {
+                jedis.clusterAddSlots(java.util.stream.IntStream.range(0, 16384).toArray());
+                Wait.until("all slots are served", () -> jedis.clusterInfo().contains("cluster_state:ok"));
+                try (Instance board = new Instance("slots", with(Servers.newDatabase(), "REDIS_PORT", "" + port,
+                        "REDIS_PASS", ""))) {
+                    board.awaitReady();
+                    assertEquals(1, board.visits());
+                    assertEquals(1, board.total());
+                    Wait.until("it is seen", () -> board.get("/api/instances").body().contains("\"ready\""));
+                }
+            } finally { server.stop(); }
+        }
+
         /** Names of containers come and go; what they counted stays in the total. */
         @Test void keeps_what_instances_counted_that_are_long_gone_as_one_number() throws Exception {
             try (Jedis jedis = in(7)) {
                 jedis.set("visits:total", "20");
                 jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
-                long now = Long.parseLong(jedis.time().getFirst());
-                jedis.hset("{visits:total}:beats", Map.of("gone1", "" + (now - 61), "here", "" + (now - 30)));
                 Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
                 Dependency health = new Dependency("redis");
                 health.passed();
                 Counters counters = new Counters(config, health);
-                for (int i = 0; i < 121; i++) counters.ping(); // a minute
-                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read(true).byInstance());
-                assertEquals(20, counters.read(true).total());
+                Presence presence = new Presence("settled", Presence.READY, "", "", 0L);
+                counters.beat(presence, Set.of()); // it can't say yet who is here
+                assertEquals(3, counters.read().byInstance().size());
+                for (int i = 0; i < 20; i++) counters.beat(presence, Set.of("here", "settled"));
+                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read().byInstance());
+                assertEquals(20, counters.read().total());
                 counters.close();
             }
         }
@@ -391,8 +431,10 @@ class StoresTest {
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
                 board.awaitReady();
                 for (String word : List.of("", "\n", "visits", "visits\n", "messages\nx y", "messages\n1", "missed",
-                        "\u0000\uffff", "{}"))
-                    jedis.publish("threefold:events", word);
+                        "\u0000\uffff", "{}", "[]", "1",
+                        "{\"instance\":[]}", "{\"instance\":\"a\",\"state\":\"" + "x".repeat(2_000) + "\"}"))
+                    for (String channel : List.of("threefold:events", "threefold:instances:0"))
+                        jedis.publish(channel, word);
                 viewer.awaits(board.say("a", "still told").expect(201));
                 long visit = board.visits();
                 Wait.until("the visit is told", () -> viewer.lastVisits() >= visit);

@@ -99,7 +99,7 @@ eventually() {
 }
 
 check_nginx_errors() {
-  local bad=0 path
+  local bad=0 path host
   head -c 40960 /dev/zero | tr '\0' x >"$WORK/40k"
   { printf 'X-Long: '; head -c 65536 /dev/zero | tr '\0' x; } >"$WORK/64k"
   refused 413 "$URL/api/messages" -H 'Content-Type: application/json' -H 'Expect:' --data-binary "@$WORK/40k" || bad=1
@@ -117,8 +117,21 @@ check_nginx_errors() {
     { say "two Hosts are not refused"; bad=1; }
   printf 'GET /healthz HTTP/1.0\r\n\r\n' | exchange | grep -q '"status":"ok"' ||
     { say "HTTP/1.0 without a Host is not served"; bad=1; }
+  for host in localhost: a:0 a%zz; do      # legal for nginx; an instance would close the connection
+    printf 'GET /healthz HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n' "$host" | exchange |
+      grep -q '"status":"ok"' || { say "Host: $host is not served"; bad=1; }
+  done
   [ $bad = 0 ] || return 1
-  summary="400, 405, 413, 431; 404 for seven ways to write /metrics; HTTP/1.0 without a Host is served"
+  summary="400, 405, 413, 431; 404 for seven ways to write /metrics; HTTP/1.0 without a Host and odd Hosts are served"
+}
+
+# The image brings no servers of its own, and says so.
+check_no_stores() {
+  local said code=0
+  said=$(docker run --rm "$(docker inspect --format '{{.Image}}' "$(docker compose ps -q web1)")" 2>&1) || code=$?
+  [ $code = 2 ] && [ "$(wc -l <<<"$said")" = 1 ] && [[ $said == *DB_HOST*REDIS_HOST* ]] ||
+    { say "expected one line that names DB_HOST and REDIS_HOST, and exit code 2; saw $code:"; say "$said"; return 1; }
+  summary="exit code 2: $said"
 }
 
 # As POSTGRES_IMAGE=postgres:18 finds what 17 has left.

@@ -129,8 +129,8 @@ check_huge_bodies() {
   return $bad
 }
 
-# huge HOST HEADER: eight at the same time, each sends chunks for as long as it can. They are in nginx's container, since
-# nobody else reaches the instances. (curl gives up on an answer when it can't send; this reads it all the same.)
+# huge HOST HEADER: eight at the same time, each sends chunks for as long as it can. They are in nginx's container,
+# since nobody else reaches the instances. (curl gives up on an answer when it can't send; this reads it all the same.)
 huge() {
   local said
   said=$(docker compose exec -T nginx bash -c '

@@ -504,6 +504,77 @@ hostTest('the instance that serves the stream is killed: the page comes back and
   }
 });
 
+/** Waits for a state of an instance, and says how soon it was seen. */
+async function becomes(page, name, states, millis) {
+  const began = Date.now();
+  const row = page.locator(`#instances > [data-name="${name}"]`);
+  let seen;
+  await until(`${name} is ${states}`, async () => {
+    seen = await row.count() === 0 ? 'not there' : await row.locator('.state').innerText();
+    return states.includes(seen.trim());
+  }, millis).catch(error => { throw new Error(`${error.message}, saw "${seen}"`); });
+  return Date.now() - began;
+}
+
+hostTest('who is killed is seen to be silent within 2 s, gone after 10, and back within 1; in two windows', async () => {
+  current.mayFail = true;
+  const windows = [await visit(), await visit()];
+  const served = windows[0].streams.at(-1); // the worst case for this window
+  const timer = setInterval(() => fetch(BASE + '/healthz').catch(() => {}), 20);
+  try {
+    for (const page of windows) await becomes(page, served, ['ready'], 5000);
+    await until('requests are drawn', async () => (await windows[0].innerText('#instances')).match(/[1-9][0-9]*\/s/));
+    await host('kill ' + served);
+    for (const page of windows) await becomes(page, served, ['silent'], 2500);
+    await says(windows[1], '#instances-news', served + ' is silent');
+    await windows[1].screenshot({ path: `${OUT}/silent.png` });
+    for (const page of windows) await becomes(page, served, ['gone'], 11_000);
+    assert.equal(await windows[0].locator('#instances > [data-state="ready"]').count() >= 2, true, 'others are ready');
+    await host('start ' + served);
+    for (const page of windows) await becomes(page, served, ['ready'], 1500);
+    const points = await windows[0].getAttribute(`#instances > [data-name="${served}"] polyline`, 'points');
+    assert.equal(points.split(' ').length, 60, 'a minute is drawn');
+  } finally {
+    clearInterval(timer);
+    await host('start ' + served);
+  }
+});
+
+hostTest('who is stopped is seen to leave, then to be gone', async () => {
+  current.mayFail = true;
+  const page = await visit();
+  try {
+    await becomes(page, 'web3', ['ready'], 5000);
+    const stopped = host('stop web3');
+    await becomes(page, 'web3', ['leaving'], 3000);
+    await stopped;
+    await becomes(page, 'web3', ['gone'], 2000);
+  } finally {
+    await host('start web3');
+  }
+  await becomes(page, 'web3', ['ready'], 5000);
+});
+
+hostTest('three more instances are shown when they come; taken away they leave the list after a minute', async () => {
+  current.mayFail = true;
+  const page = await visit();
+  const count = state => page.locator(`#instances > [data-state="${state}"]`).count();
+  const before = await count('ready');
+  try {
+    await host(`scale ${before + 3}`);
+    await until('all are ready', async () => await count('ready') === before + 3, 5000);
+    for (let i = 0; i < 30; i++) await getJson('/');
+  } finally {
+    await host(`scale ${before}`);
+  }
+  await until('those that were', async () => await count('ready') === before, 5000);
+  assert.equal(await count('gone'), 3);
+  await until('none is left that is gone', async () => await page.locator('#instances > li').count() === before, 65_000);
+  await until('their visits are one number', async () =>
+    await page.$$eval('#shares > li', rows => rows.map(row => row.dataset.name)
+      .every(name => /^web[123]$|^earlier instances$/.test(name))), 15_000);
+});
+
 hostTest('PostgreSQL away is said in words; what was typed waits and is stored once it is back', async () => {
   current.mayFail = true;
   const [page, plain] = [await visit(), await visit(WITHOUT_SCRIPT)];
@@ -539,6 +610,7 @@ hostTest('Redis away is said in words; messages go on, and viewers catch up when
   try {
     await host('kill redis');
     await says(reader, '#trouble', 'Redis is away: visits are not counted');
+    await becomes(reader, 'web1', ['unknown'], 3000);
     await fill(writer, 'browser test', `without Redis ${RUN}`);
     await writer.click('#send');
     await says(writer, '#sent', 'Stored by');
@@ -549,6 +621,7 @@ hostTest('Redis away is said in words; messages go on, and viewers catch up when
     await host('start redis');
   }
   await saysNothing(reader, '#trouble');
+  await becomes(reader, 'web1', ['ready'], 3000);
   await isShownOnce(reader, `without Redis ${RUN}`);
   await hasNoGap(reader);
 });
@@ -559,6 +632,43 @@ test('no error on the console, no breach of the content security policy, in all 
   for (const rule of ["default-src 'none'", "connect-src 'self'", "form-action 'self'", "frame-ancestors 'none'"])
     assert.ok(policy.includes(rule), `${rule} in ${policy}`);
   assert.ok(!policy.includes('unsafe'), policy);
+});
+
+// ---- the pictures of README.md: one story in three frames. `make pictures`, on a stack of its own.
+
+const STORY = [
+  ['Grace', 'Which of the three stored this? It says so on the right.'],
+  ['Edsger', 'I sent this one twice with the same Idempotency-Key. It is here once.'],
+  ['Barbara', 'Kill one of them and go on writing: nothing is lost, and nobody is refused.'],
+  ['Leslie', 'All three give the same answer, in the same order.']
+];
+
+if (process.env.STORY) hostTest('a story in three pictures', async () => {
+  current.mayFail = true;
+  for (const [author, body] of STORY) await store(body, author);
+  const pages = { light: await visit({}), dark: await visit(DARK) };
+  const frame = async name => {
+    for (const [scheme, page] of Object.entries(pages))
+      await page.screenshot({ path: `${OUT}/${name}-${scheme}.png` });
+  };
+  let asking = true;
+  const asker = async () => { while (asking) await getJson('/').catch(() => {}); };
+  const askers = [asker(), asker()];
+  const seconds = count => new Promise(done => setTimeout(done, count * 1000));
+  await seconds(30);
+  await frame('story-1');
+  await host('kill web2');
+  await store('web2 was killed a few seconds ago. Did you notice?', 'Margaret');
+  for (const page of Object.values(pages)) await becomes(page, 'web2', ['gone'], 12_000);
+  await frame('story-2');
+  await host('start web2');
+  await seconds(12);
+  await store('And web2 is back.', 'Ada');
+  for (const page of Object.values(pages)) await isShownOnce(page, 'And web2 is back.');
+  await seconds(3); // what is new is marked for two
+  await frame('story-3');
+  asking = false;
+  await Promise.all(askers);
 });
 
 // ---- run
