@@ -36,7 +36,8 @@ RUN /opt/jdk/bin/jlink --output java --no-header-files --no-man-pages --strip-ja
 COPY --from=deps /deps /deps
 RUN for list in runtime training; do \
       mkdir /deps/$list \
-      && jbang info classpath /deps/$list.java | tr ':' '\n' | grep -v "/$list.jar$" | xargs cp -t /deps/$list || exit; \
+      && jbang info classpath /deps/$list.java | tr ':' '\n' | grep -v "/$list.jar$" \
+       | xargs cp -t /deps/$list || exit; \
     done && mv /deps/runtime lib
 # --- The service.
 COPY Service.java init.sql openapi.json page/ /source/
@@ -103,4 +104,5 @@ ENV LD_LIBRARY_PATH=/opt/threefold/java/lib \
 USER 10001:10001
 EXPOSE 9999
 # Process 1 is java itself, so that SIGTERM reaches it.
-ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", "-XX:AOTCache=service.aot", "Service"]
+ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", \
+            "-XX:AOTCache=/opt/threefold/service.aot", "Service"]
