@@ -1,14 +1,13 @@
 import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
 import redis.embedded.RedisServer;
 
+import java.io.BufferedInputStream;
+import java.io.EOFException;
 import java.io.IOException;
+import java.io.InputStream;
+import java.io.OutputStream;
 import java.net.ServerSocket;
-import java.net.URI;
-import java.net.http.HttpClient;
-import java.net.http.HttpRequest;
-import java.net.http.HttpRequest.BodyPublishers;
-import java.net.http.HttpResponse.BodyHandlers;
-import java.time.Duration;
+import java.net.Socket;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Locale;
@@ -18,6 +17,8 @@ import java.util.concurrent.Executors;
 import java.util.concurrent.Future;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicLong;
+
+import static java.nio.charset.StandardCharsets.UTF_8;
 
 /**
  * Lets an instance work for some seconds, as it will have to work: {@code java Train COMMAND…} starts PostgreSQL and
@@ -34,7 +35,20 @@ public final class Train {
     private static final String MESSAGE = "{\"author\":\"Ada\",\"body\":\"Many small weights, \u00fc, \u2603, one.\"}";
 
     /** A request, what its status has to be, and how often it is sent in a round. */
-    private record Ask(int times, int status, String method, String path, String body, String... headers) {}
+    private record Ask(int times, int status, String method, String path, String body, String... headers) {
+
+        /** As nginx sends it, with an id for each; but /metrics is not asked through nginx. */
+        byte[] bytes() {
+            String id = "train-" + SENT.incrementAndGet();
+            StringBuilder text = new StringBuilder(method + " " + path + " HTTP/1.1\r\nHost: localhost\r\n");
+            for (int i = 0; i < headers.length; i += 2) text.append(headers[i] + ": " + headers[i + 1] + "\r\n");
+            if (!body.isEmpty()) text.append("Content-Length: " + body.getBytes(UTF_8).length + "\r\n");
+            if (!path.equals("/metrics"))
+                text.append("X-Request-Id: " + id + "\r\nX-Proxy-Request-Id: " + id + "\r\nX-Real-IP: 127.0.0.1\r\n"
+                        + "X-Forwarded-For: 127.0.0.1\r\n");
+            return text.append("\r\n" + body).toString().getBytes(UTF_8);
+        }
+    }
 
     /** All routes, each with the answers it has; what people do most comes most often. */
     private static final List<Ask> ASKS = List.of(
@@ -59,11 +73,7 @@ public final class Train {
             new Ask(1, 422, "POST", "/api/messages", "author=&body=", "Content-Type", FORM, "Accept", HTML),
             new Ask(1, 200, "POST", "/api/messages", MESSAGE, "Content-Type", JSON, "Idempotency-Key", "train"));
 
-    private final HttpClient client = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1).build();
-    private final AtomicLong sent = new AtomicLong();
-    private final String address;
-
-    private Train(int port) { address = "http://127.0.0.1:" + port; }
+    private static final AtomicLong SENT = new AtomicLong();
 
     public static void main(String[] command) throws Exception {
         RedisServer redis = RedisServer.newRedisServer().port(freePort()).build();
@@ -77,7 +87,7 @@ public final class Train {
                     "DB_USER", "postgres", "REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + redis.ports().getFirst()));
             Process instance = builder.start();
             try {
-                new Train(port).run();
+                load(port);
             } finally {
                 instance.destroy(); // SIGTERM: Java writes what it learned at its end
                 if (!instance.waitFor(120, TimeUnit.SECONDS)) instance.destroyForcibly();
@@ -92,56 +102,99 @@ public final class Train {
     }
 
     /** Each connection sends all of them, beginning somewhere else, so that different ones meet. */
-    private void run() throws Exception {
-        awaitReady();
-        send(new Ask(1, 201, "POST", "/api/messages", MESSAGE, "Content-Type", JSON, "Idempotency-Key", "train"));
+    private static void load(int port) throws Exception {
+        awaitReady(port);
+        try (Connection first = new Connection(port)) {
+            first.ask(new Ask(1, 201, "POST", "/api/messages", MESSAGE, "Content-Type", JSON, "Idempotency-Key",
+                    "train"));
+        }
         List<Ask> round = new ArrayList<>();
         for (int time = 0; time < OFTEN; time++)
             for (Ask ask : ASKS) if (time < ask.times) round.add(ask);
-        for (int i = 0; i < VIEWERS; i++)
-            client.sendAsync(request("GET", "/api/events" + (i % 2 == 0 ? "" : "?after=" + i), "",
-                    "Accept", "text/event-stream"), BodyHandlers.discarding());
+        for (int i = 0; i < VIEWERS; i++) watch(port, i % 2 == 0 ? "" : "?after=" + i);
         long began = System.nanoTime();
         try (ExecutorService threads = Executors.newFixedThreadPool(CONNECTIONS)) {
             List<Future<?>> all = new ArrayList<>();
             for (int i = 0; i < CONNECTIONS; i++) {
                 int offset = i * round.size() / CONNECTIONS;
                 all.add(threads.submit(() -> {
-                    for (int n = 0; n < ROUNDS * round.size(); n++) send(round.get((n + offset) % round.size()));
+                    try (Connection connection = new Connection(port)) {
+                        for (int n = 0; n < ROUNDS * round.size(); n++)
+                            connection.ask(round.get((n + offset) % round.size()));
+                    }
                     return null;
                 }));
             }
             for (Future<?> one : all) one.get();
         }
-        System.out.printf(Locale.ROOT, "%d requests, each answered as expected, in %.1f s%n", sent.get(),
+        System.out.printf(Locale.ROOT, "%d requests, each answered as expected, in %.1f s%n", SENT.get(),
                 (System.nanoTime() - began) / 1e9);
     }
 
-    private void awaitReady() throws Exception {
+    private static void awaitReady(int port) throws Exception {
         for (long end = System.nanoTime() + 60_000_000_000L; ; Thread.sleep(50))
-            try {
-                send(new Ask(1, 200, "GET", "/readyz", ""));
+            try (Connection connection = new Connection(port)) {
+                connection.ask(new Ask(1, 200, "GET", "/readyz", ""));
                 return;
             } catch (IOException e) {
                 if (System.nanoTime() > end) throw e;
             }
     }
 
-    private void send(Ask ask) throws IOException, InterruptedException {
-        int status = client.send(request(ask.method, ask.path, ask.body, ask.headers), BodyHandlers.discarding())
-                .statusCode();
-        if (status != ask.status) throw new IOException("expected " + ask.status + ", got " + status + ": " + ask);
+    /** Somebody who watches until the instance stops; a thread of its own takes what comes. */
+    private static void watch(int port, String query) throws IOException {
+        Connection viewer = new Connection(port);
+        viewer.socket.getOutputStream()
+                .write(new Ask(1, 200, "GET", "/api/events" + query, "", "Accept", "text/event-stream").bytes());
+        Thread.ofPlatform().daemon().start(() -> {
+            try (viewer) { viewer.in.transferTo(OutputStream.nullOutputStream()); }
+            catch (IOException end) { /* it stopped */ }
+        });
     }
 
-    /** As nginx sends it, with an id for each; but /metrics is not asked through nginx. */
-    private HttpRequest request(String method, String path, String body, String... headers) {
-        String id = "train-" + sent.incrementAndGet();
-        HttpRequest.Builder request = HttpRequest.newBuilder(URI.create(address + path)).timeout(Duration.ofSeconds(30))
-                .method(method, body.isEmpty() ? BodyPublishers.noBody() : BodyPublishers.ofString(body));
-        if (headers.length > 0) request.headers(headers);
-        if (!path.equals("/metrics"))
-            request.headers("X-Request-Id", id, "X-Proxy-Request-Id", id, "X-Real-IP", "127.0.0.1",
-                    "X-Forwarded-For", "127.0.0.1");
-        return request.build();
+    /** A plain connection that stays open for as long as the instance lets it; java.net.http takes twice the time. */
+    private static final class Connection implements AutoCloseable {
+        private final int port;
+        private Socket socket;
+        private InputStream in;
+
+        Connection(int port) throws IOException {
+            this.port = port;
+            open();
+        }
+
+        private void open() throws IOException {
+            socket = new Socket("127.0.0.1", port);
+            socket.setTcpNoDelay(true);
+            in = new BufferedInputStream(socket.getInputStream());
+        }
+
+        void ask(Ask ask) throws IOException {
+            if (socket.isClosed()) open();
+            socket.setSoTimeout(30_000);
+            socket.getOutputStream().write(ask.bytes());
+            String line = line(), status = line;
+            long length = 0;
+            boolean last = false;
+            while (!(line = line().toLowerCase(Locale.ROOT)).isEmpty()) {
+                if (line.startsWith("content-length:")) length = Long.parseLong(line.substring(15).strip());
+                last |= line.startsWith("connection: close");
+            }
+            if (!ask.method.equals("HEAD")) in.skipNBytes(length);
+            if (last) socket.close();
+            if (!status.startsWith("HTTP/1.1 " + ask.status + " "))
+                throw new IOException("expected " + ask.status + ", got " + status + ": " + ask);
+        }
+
+        private String line() throws IOException {
+            StringBuilder line = new StringBuilder();
+            for (int c; (c = in.read()) != '\n'; ) {
+                if (c < 0) throw new EOFException("the instance closed the connection");
+                if (c != '\r') line.append((char) c);
+            }
+            return line.toString();
+        }
+
+        @Override public void close() throws IOException { socket.close(); }
     }
 }
