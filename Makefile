@@ -14,6 +14,9 @@ hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be mis
 # A prompt on a terminal; without one, commands by a pipe: echo 'SELECT 1' | make psql
 no_tty = $$([ -t 0 ] || echo -T)
 
+# What `make monitor` started is part of it.
+all_of_it = docker compose --profile monitor --profile grafana
+
 .PHONY: help
 help:
 	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
@@ -62,15 +65,19 @@ rolling: ## replaces the web instances one at a time, without a failed request
 scale: ## N web instances in all, 3 to 20, without a failed request: make scale N=6
 	@scripts/scale "$(N)"
 
+.PHONY: monitor
+monitor: ## Prometheus beside it, with rules and alerts, at port 9090 (GRAFANA=1: Grafana too, at port 3000)
+	@scripts/monitor || $(hint)
+
 .PHONY: down
 down: ## stops it; the data stay
-	@docker compose down --remove-orphans
+	@$(all_of_it) down --remove-orphans
 
 .PHONY: clean
 clean: ## stops it and removes data and images, after asking
 	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; \
 	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
-	@docker compose down --remove-orphans --volumes
+	@$(all_of_it) down --remove-orphans --volumes
 	@docker image rm --force threefold-web >/dev/null
 
 ##@ Proof
@@ -103,6 +110,10 @@ test-upgrade: ## from the first version to this one in place, under load: nothin
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run
 
+.PHONY: test-monitor
+test-monitor: ## each target, rule and query of the dashboard has an answer; kills PostgreSQL and sees the alert
+	@tests/monitor
+
 .PHONY: pictures
 pictures: ## makes the pictures of README.md anew, on an empty stack of its own
 	@scripts/pictures
@@ -128,6 +139,10 @@ cluster-down: ## …and all of it is gone, the data too
 .PHONY: test-cluster
 test-cluster: ## takes these machines away under load; checks that nothing is lost, doubled or refused (CASE=…)
 	@tests/cluster $(CASE)
+
+.PHONY: cluster-bench
+cluster-bench: ## six instances against three, and what the copies cost, as ratios of one run
+	@cluster/bench
 
 .PHONY: test-kubernetes
 test-kubernetes: ## builds cluster/kubernetes and checks each field against the schema of the API
@@ -163,5 +178,5 @@ doctor: ## what is present, what is missing, and how to get it
 	@scripts/doctor
 
 .PHONY: offline-images
-offline-images: ## builds stand-ins for the official images, where no registry can be reached
-	@scripts/offline-images/build
+offline-images: ## builds stand-ins for the official images, where no registry can be reached (WHAT=monitor: its)
+	@scripts/offline-images/build $(WHAT)

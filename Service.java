@@ -46,8 +46,6 @@ import org.xnio.*;
 import org.xnio.channels.StreamSinkChannel;
 import redis.clients.jedis.*;
 import redis.clients.jedis.exceptions.*;
-import redis.clients.jedis.providers.*;
-import redis.clients.jedis.util.Pool;
 import redis.embedded.RedisServer;
 import redis.embedded.core.ExecutableProvider;
 
@@ -177,7 +175,6 @@ public final class Service implements AutoCloseable {
         metrics.gauge("event_viewers", "Open event streams", events::viewers);
         metrics.gauge("http_requests_in_flight", "Requests begun and not yet answered", http::inFlight);
         metrics.gauge("held_bytes", "Bytes in memory that wait for clients", held::bytes);
-        metrics.gauge("redis_connections", "Connections to Redis in use", counters::connectionsInUse);
         metrics.dependencies(postgres, redis);
     }
 
@@ -219,10 +216,12 @@ public final class Service implements AutoCloseable {
             // While the address still exists, being refused is quick; a packet to a vanished one is a second's wait.
             Http.pause(config.drainMillis() / 5);
         }
-        Stream.<AutoCloseable>of(events, postgres, redis, () -> counters.goodbye(presence()), visits, counts, writes,
-                reads, following, http, counters, messages).forEach(Service::closeQuietly);
+        Stream.<AutoCloseable>of(events, postgres, redis, this::sayGoodbye, visits, counts, writes, reads, following,
+                http, counters, messages).forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
+
+    private void sayGoodbye() throws InterruptedException { if (redis.isUp()) counters.goodbye(presence()); }
 
     private static void closeQuietly(AutoCloseable part) {
         try {
@@ -920,12 +919,16 @@ final class Dependency implements AutoCloseable {
     private final String name;
     private volatile State state = State.UNKNOWN; // a new instance tries, it does not refuse
     private volatile boolean refused;
+    private volatile int returns;
     private Thread watcher;
 
     Dependency(String name) { this.name = name; }
 
     String name() { return name; }
     boolean isUp() { return state == State.UP; }
+
+    /** How often it came back: connections that are older lead nowhere. */
+    int returns() { return returns; }
     String word() { return state == State.UP ? "up" : state == State.DOWN ? "down" : "unknown"; }
 
     /**
@@ -970,6 +973,7 @@ final class Dependency implements AutoCloseable {
 
     synchronized void passed() {
         if (state != State.UP) Log.info("dependency_up", "dependency", name);
+        if (state == State.DOWN) returns++;
         state = State.UP;
         notifyAll();
     }
@@ -1343,6 +1347,80 @@ final class Messages implements AutoCloseable {
 
 // ---------------------------------------------------------------------------------------------------- Stores: Redis
 
+/** One connection to Redis, used by one thread, opened when first needed and again after any trouble. Needs no pool. */
+final class RedisConnection implements AutoCloseable {
+    interface Work<T> { T with(Jedis redis); }
+
+    private final Config.Redis config;
+    private final Dependency health;
+    private final JedisClientConfig client;
+    private Jedis connection;
+    private int returnsSeen; // of the server, when this was opened
+
+    RedisConnection(Config config, Dependency health) {
+        this.config = config.redis();
+        this.health = health;
+        DefaultJedisClientConfig.Builder builder = DefaultJedisClientConfig.builder().user(this.config.user())
+                .password(this.config.pass().value()).database(this.config.db())
+                .clientName("threefold-" + config.instance()).autoNegotiateProtocol(false)
+                .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
+                .blockingSocketTimeoutMillis(10_000); // a subscriber hears its own beats, see Counters
+        if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
+        this.client = builder.build();
+    }
+
+    /** @throws Problem 503; never repeated here, because a count that seems lost may have been counted */
+    <T> T run(Work<T> work) throws InterruptedException {
+        if (!health.mayTry()) throw Problem.unavailable("Redis is away");
+        try {
+            return attempt(work);
+        } catch (JedisException e) {
+            if (isLost(e)) health.failed(e);
+            else Log.warn("command_refused", "dependency", health.name(), "reason", Log.reason(e));
+            throw Problem.unavailable(isLost(e) ? "Redis is away" : "Redis refused it");
+        }
+    }
+
+    /** The same also when Redis is known to be down: how its watcher finds out that it is back. */
+    synchronized <T> T attempt(Work<T> work) {
+        if (returnsSeen != health.returns()) close(); // it leads to a server that went away
+        if (connection == null) Batcher.mayWait();
+        try {
+            returnsSeen = health.returns();
+            if (connection == null) connection = open();
+            return work.with(connection);
+        } catch (JedisException e) {
+            close();
+            throw e;
+        }
+    }
+
+    /** A connection for the caller alone. */
+    Jedis open() { return new Jedis(config.master() == null ? config.hosts().getFirst() : primary(), client); }
+
+    /** The first Sentinel that answers says who it is now. */
+    private HostAndPort primary() {
+        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500).build();
+        for (HostAndPort host : config.hosts())
+            try (Jedis sentinel = new Jedis(host, quick)) {
+                List<String> found = sentinel.sentinelGetMasterAddrByName(config.master());
+                if (found != null) return new HostAndPort(found.get(0), Integer.parseInt(found.get(1)));
+            } catch (JedisException next) { /* ask the others */ }
+        throw new JedisConnectionException("no Sentinel knows where \"" + config.master() + "\" is");
+    }
+
+    /** No connection, a server that is loading, or no primary (any more). What else it refuses, it refuses for good. */
+    private static boolean isLost(JedisException e) {
+        return e instanceof JedisConnectionException || e.getMessage() != null
+                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::contains);
+    }
+
+    @Override public synchronized void close() {
+        if (connection != null) connection.close();
+        connection = null;
+    }
+}
+
 /** The visit counters, and what wakes other instances. Every other instance sees the same keys. */
 final class Counters implements AutoCloseable {
     private static final String TOTAL = "visits:total";
@@ -1381,64 +1459,22 @@ final class Counters implements AutoCloseable {
     private static final int BEATS_A_FOLD = 20;
 
     private final Config.Redis config;
-    private final Dependency health;
     private final String instance;
-    private final JedisClientConfig client;
+    private final RedisConnection forVisits, forCounts, forBeats, forWords;
     private int beats;
-    private volatile ConnectionProvider connections; // made when first needed: with Sentinels, that asks them
-    private boolean closed;
 
     Counters(Config config, Dependency health) {
         this.config = config.redis();
-        this.health = health;
         this.instance = config.instance();
-        DefaultJedisClientConfig.Builder builder = DefaultJedisClientConfig.builder().user(this.config.user())
-                .password(this.config.pass().value()).database(this.config.db()).clientName("threefold-" + instance)
-                .autoNegotiateProtocol(false).connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
-                .blockingSocketTimeoutMillis(10_000); // a subscriber hears something every 3 s, see Events
-        if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
-        this.client = builder.build();
-    }
-
-    private synchronized ConnectionProvider connections() {
-        if (closed) throw new JedisConnectionException("this instance is leaving");
-        if (connections == null) {
-            ConnectionPoolConfig pool = new ConnectionPoolConfig();
-            pool.setMaxTotal(8);                          // visits, counts, watcher, events; rarely two at once
-            pool.setMaxWait(Duration.ofMillis(500));      // for ever by default
-            pool.setJmxEnabled(false);                    // quicker to start
-            connections = config.master() == null
-                    ? new PooledConnectionProvider(config.hosts().getFirst(), client, pool)
-                    : new SentineledConnectionProvider(config.master(), client, pool, Set.copyOf(config.hosts()),
-                            DefaultJedisClientConfig.builder().connectionTimeoutMillis(500).build());
-        }
-        return connections;
-    }
-
-    private interface Command<T> { T with(Jedis redis); }
-
-    /** @throws Problem 503; never repeated here, because a count that seems lost may have been counted */
-    private <T> T run(Command<T> command) throws InterruptedException {
-        if (!health.mayTry()) throw Problem.unavailable("Redis is away");
-        if (!hasIdle()) Batcher.mayWait();
-        try (Jedis redis = new Jedis(connections().getConnection())) {
-            return command.with(redis);
-        } catch (JedisException e) {
-            if (isLost(e)) health.failed(e);
-            else Log.warn("command_refused", "dependency", health.name(), "reason", Log.reason(e));
-            throw Problem.unavailable(isLost(e) ? "Redis is away" : "Redis refused it");
-        }
-    }
-
-    /** No connection, a server that is loading, or no primary (any more). What else it refuses, it refuses for good. */
-    private static boolean isLost(JedisException e) {
-        return e instanceof JedisConnectionException || e.getMessage() != null
-                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::contains);
+        this.forVisits = new RedisConnection(config, health);
+        this.forCounts = new RedisConnection(config, health);
+        this.forBeats = new RedisConnection(config, health);
+        this.forWords = new RedisConnection(config, health);
     }
 
     /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */
     List<Long> count(int visits) throws InterruptedException {
-        long last = run(redis -> {
+        long last = forVisits.run(redis -> {
             Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE),
                     List.of(instance, Integer.toString(visits)));
             // A number that only a server that may die has must not be told: the next one would give it again.
@@ -1446,13 +1482,11 @@ final class Counters implements AutoCloseable {
                 throw new JedisDataException("NOREPLICAS too few replicas have the count");
             return (Long) counted;
         });
-        List<Long> numbers = new ArrayList<>(visits);
-        for (long number = last - visits + 1; number <= last; number++) numbers.add(number);
-        return numbers;
+        return LongStream.rangeClosed(last - visits + 1, last).boxed().toList();
     }
 
     Counts read() throws InterruptedException {
-        List<?> found = run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
+        List<?> found = forCounts.run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
         Map<String, Long> byInstance = new TreeMap<>();
         List<?> pairs = (List<?>) found.get(1);
         for (int i = 0; i + 1 < pairs.size(); i += 2)
@@ -1461,14 +1495,11 @@ final class Counters implements AutoCloseable {
     }
 
     /** Tells this word to all instances, the own one too. */
-    void publish(String word) throws InterruptedException { run(redis -> redis.publish(EVENTS, word)); }
+    void publish(String word) throws InterruptedException { forWords.run(redis -> redis.publish(EVENTS, word)); }
 
     /** Blocks for as long as the subscription lasts; on a connection of its own. */
     void subscribe(JedisPubSub listener) {
-        HostAndPort server = connections() instanceof SentineledConnectionProvider sentinels
-                ? sentinels.getCurrentMaster()
-                : config.hosts().getFirst();
-        try (Jedis redis = new Jedis(server, client)) { redis.subscribe(listener, EVENTS, INSTANCES + config.db()); }
+        try (Jedis redis = forWords.open()) { redis.subscribe(listener, EVENTS, INSTANCES + config.db()); }
     }
 
     /**
@@ -1477,39 +1508,23 @@ final class Counters implements AutoCloseable {
      * @param known the names of all that were heard of in the last minute; empty if that can't be said
      */
     void beat(Presence presence, Set<String> known) {
-        if (!health.isUp()) pools().forEach(Pool::clear); // connections to the server that went away
-        try (Jedis redis = new Jedis(connections().getConnection())) {
+        forBeats.attempt(redis -> {
             redis.publish(INSTANCES + config.db(), presence.json());
-            if (!health.isUp() || beats % BEATS_A_FOLD == 0) merge(redis);
-            if (beats++ % BEATS_A_FOLD == 0 && !known.isEmpty()) redis.eval(FOLD, List.of(BY_INSTANCE),
+            if (beats++ % BEATS_A_FOLD != 0) return null;
+            // Again and again: instances of the first version may run beside this one, and count in the old place.
+            if (redis.exists(BY_INSTANCE_ONCE)) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+            return known.isEmpty() ? null : redis.eval(FOLD, List.of(BY_INSTANCE),
                     Stream.concat(known.stream(), Stream.of(EARLIER)).toList());
-        }
-    }
-
-    /** Again and again: instances of the first version may still run beside this one, and count in the old place. */
-    private static void merge(Jedis redis) {
-        if (redis.exists(BY_INSTANCE_ONCE)) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+        });
     }
 
     /** The last word of an instance that stops. */
     void goodbye(Presence presence) throws InterruptedException {
-        if (health.isUp()) run(redis -> redis.publish(INSTANCES + config.db(), presence.as(Presence.GONE).json()));
+        forWords.run(redis -> redis.publish(INSTANCES + config.db(), presence.as(Presence.GONE).json()));
     }
 
-    private List<Pool<?>> pools() {
-        ConnectionProvider made = connections;
-        return made == null ? List.of()
-                : made.getConnectionMap().values().stream().<Pool<?>>map(pool -> (Pool<?>) pool).toList();
-    }
-
-    private boolean hasIdle() { return pools().stream().anyMatch(pool -> pool.getNumIdle() > 0); }
-
-    int connectionsInUse() { return pools().stream().mapToInt(Pool::getNumActive).sum(); }
-
-    @Override public synchronized void close() {
-        closed = true;
-        pools().forEach(Pool::close);
-        if (connections instanceof SentineledConnectionProvider sentinels) sentinels.close();
+    @Override public void close() {
+        Stream.of(forVisits, forCounts, forBeats, forWords).forEach(RedisConnection::close);
     }
 }
 

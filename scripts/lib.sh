@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 URL=${URL:-http://localhost:${PORT:-9999}}
+MONITOR=http://localhost:${MONITOR_PORT:-9090}
 WORK=$(mktemp -d)
 # shellcheck disable=SC2034  # the scripts use it
 RUN="$(basename "$0")-$$-$RANDOM"          # names this run's requests in every log
@@ -42,7 +43,9 @@ wait_ready() {
   local ids state deadline=$((SECONDS + ${1:-60}))
   while :; do
     mapfile -t ids < <(docker compose ps -aq)
-    state=$(docker inspect --format '{{.Name}} {{.State.Health.Status}}' "${ids[@]}" 2>/dev/null) || state="starting"
+    # (What has no health check is well when it runs.)
+    state=$(docker inspect --format '{{.Name}} {{with .State.Health}}{{.Status}}{{else}}{{if .State.Running}}healthy{{
+      else}}stopped{{end}}{{end}}' "${ids[@]}" 2>/dev/null) || state="starting"
     [ ${#ids[@]} -gt 0 ] && ! grep -qv ' healthy$' <<<"$state" && return 0
     if [ $SECONDS -ge $deadline ]; then
       say "not healthy after ${1:-60} s:"; grep -v ' healthy$' <<<"$state"; return 1
@@ -61,3 +64,10 @@ need_stack() {
 
 # compose_up ARGUMENTS...: until what it starts is healthy; what Compose says is shown if it fails
 compose_up() { docker compose up --detach --no-deps --wait "$@" >"$WORK/out" 2>&1 || { cat "$WORK/out"; exit 1; }; }
+
+# prometheus QUERY: what it answers, a line each: the value, and of what
+prometheus() {
+  curl -fsS -m 10 "$MONITOR/api/v1/query" --data-urlencode "query=$1" |
+    { grep -oE '"metric":\{[^}]*\},"value":\[[0-9.]+,"[^"]*"' || true; } |
+    sed -E 's/^"metric":(\{[^}]*\}),"value":\[[0-9.]+,"([^"]*)"/\2 \1/'
+}
