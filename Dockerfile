@@ -87,21 +87,20 @@ RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.ja
 #     called how; an instance of the image then starts with that. PostgreSQL does not run as root.
 FROM build AS training
 COPY scripts/Train.java /training/
-RUN /opt/jdk/bin/javac -proc:none -d /training -cp "/opt/threefold/service.jar:/deps/training/*" /training/Train.java \
- && chown nobody /training
+RUN /opt/jdk/bin/javac -proc:none -d /training -cp "/deps/training/*" /training/Train.java && chown nobody .
 USER nobody
-RUN /opt/jdk/bin/java -XX:+UseSerialGC -cp "/training:/opt/threefold/service.jar:/deps/training/*" Train \
-    java/bin/java @java.options -XX:AOTCacheOutput=/training/service.aot Service && ls -l /training
+RUN /opt/jdk/bin/java -XX:+UseSerialGC -cp "/training:/deps/training/*" Train \
+    java/bin/java @java.options -XX:AOTCacheOutput=service.aot Service && ls -l
 
 FROM ${RUNTIME_IMAGE}
 WORKDIR /opt/threefold
-COPY --from=build /opt/threefold/java java
-COPY --from=build /opt/threefold/lib lib
-COPY --from=build /opt/threefold/service.jar /opt/threefold/java.options ./
-COPY --from=training /training/service.aot .
+# All in one layer: the cache fits files of one size and time, and a layer kept by the builder may have other times.
+COPY --from=training --chown=0:0 /opt/threefold .
 ENV LD_LIBRARY_PATH=/opt/threefold/java/lib \
     MALLOC_ARENA_MAX=2
 USER 10001:10001
+# The build ends here if the cache does not fit; an instance would start without it, and say so.
+RUN java/bin/java @java.options -XX:AOTMode=on -XX:AOTCache=/opt/threefold/service.aot -version
 EXPOSE 9999
 # Process 1 is java itself, so that SIGTERM reaches it.
 ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", \
