@@ -58,9 +58,8 @@ COPY <<'EOF_OPTIONS' java.options
 # One small heap, two cores at most: the collector without threads and tables of its own.
 -XX:+UseSerialGC
 # Pages of 2 MB for heap and compiled code, where the kernel gives them to those who ask (Linux does by default).
-# Instances
-# that take turns on few processors find their caches cold each time: with six on two, a request takes 5 to 11 % less
-# processor time of an instance.
+# Instances that take turns on few processors find their caches cold each time: with six on two, a request takes 5 to
+# 11 % less processor time of an instance.
 -XX:+UseTransparentHugePages
 # What the compilers needed is not needed once they are done, and the C library would keep it.
 -XX:TrimNativeHeapInterval=10000
@@ -74,10 +73,10 @@ COPY <<'EOF_OPTIONS' java.options
 -XX:+ExitOnOutOfMemoryError
 -Xlog:disable
 -Xlog:all=error:stderr
+# Why the trained cache (below) does not fit, if it does not: the service then starts without it.
 -Xlog:aot*=warning:stderr
 # XNIO, below Undertow, makes itself known to JMX, which nobody asks here: to start JMX's server takes a sixth of our
-# start.
-# This is no class that could build that server, so XNIO goes without; what /metrics tells of the JVM needs no server.
+# start. This is no class that could build that server, so XNIO goes without; what /metrics tells of the JVM needs none.
 -Djavax.management.builder.initial=java.lang.Object
 EOF_OPTIONS
 RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.jar | paste -sd:)" >> java.options
