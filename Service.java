@@ -261,6 +261,9 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         }
     }
 
+    /** What an instance may be called. */
+    static final String INSTANCE = "[A-Za-z0-9._-]{1,64}";
+
     /** A password that no log line can print by accident. */
     record Secret(String value) {
         static final Secret NONE = new Secret(null);
@@ -284,7 +287,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
                 env.choice("DB_SSLMODE", null, "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
                 env.file("DB_SSLROOTCERT"));
         boolean embedded = redis.hosts.isEmpty() || postgres.hosts.isEmpty(); // then: no proxy, one's own machine
-        return new Config(env.matching("INSTANCE_ID", hostName(), "[A-Za-z0-9._-]{1,64}",
+        return new Config(env.matching("INSTANCE_ID", hostName(), INSTANCE,
                 "1 to 64 letters, digits, dots, dashes or underscores"),
                 env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535), postgres, redis,
                 env.number("DRAIN_MILLIS", embedded ? 0 : 2500, 0, 60_000),
@@ -1489,9 +1492,13 @@ final class Counters implements AutoCloseable {
         List<?> found = forCounts.run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
         Map<String, Long> byInstance = new TreeMap<>();
         List<?> pairs = (List<?>) found.get(1);
-        for (int i = 0; i + 1 < pairs.size(); i += 2)
-            byInstance.put((String) pairs.get(i), Long.valueOf((String) pairs.get(i + 1)));
-        return new Counts(found.get(0) == null ? 0L : Long.parseLong((String) found.get(0)), byInstance);
+        try {
+            for (int i = 0; i + 1 < pairs.size(); i += 2)
+                byInstance.put((String) pairs.get(i), Long.valueOf((String) pairs.get(i + 1)));
+            return new Counts(found.get(0) == null ? 0L : Long.parseLong((String) found.get(0)), byInstance);
+        } catch (NumberFormatException e) {
+            throw Problem.unavailable("a count in Redis is no number");
+        }
     }
 
     /** Tells this word to all instances, the own one too. */
@@ -1510,12 +1517,20 @@ final class Counters implements AutoCloseable {
     void beat(Presence presence, Set<String> known) {
         forBeats.attempt(redis -> {
             redis.publish(INSTANCES + config.db(), presence.json());
-            if (beats++ % BEATS_A_FOLD != 0) return null;
-            // Again and again: instances of the first version may run beside this one, and count in the old place.
-            if (redis.exists(BY_INSTANCE_ONCE)) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
-            return known.isEmpty() ? null : redis.eval(FOLD, List.of(BY_INSTANCE),
-                    Stream.concat(known.stream(), Stream.of(EARLIER)).toList());
+            if (beats++ % BEATS_A_FOLD == 0) tidy(redis, known);
+            return null;
         });
+    }
+
+    /** What goes wrong here can wait; it is no sign that Redis is away. */
+    private void tidy(Jedis redis, Set<String> known) {
+        try { // again and again: instances of the first version may run beside this one, and count in the old place
+            if (redis.exists(BY_INSTANCE_ONCE)) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
+            if (!known.isEmpty()) redis.eval(FOLD, List.of(BY_INSTANCE),
+                    Stream.concat(known.stream(), Stream.of(EARLIER)).toList());
+        } catch (JedisDataException e) {
+            Log.warn("command_refused", "dependency", "redis", "reason", Log.reason(e));
+        }
     }
 
     /** The last word of an instance that stops. */
@@ -1540,6 +1555,14 @@ record Presence(String instance, String state, String since, String version, Lon
     static final String READY = "ready", UNAVAILABLE = "unavailable", LEAVING = "leaving", SILENT = "silent",
             GONE = "gone", UNKNOWN = "unknown";
 
+    private static final Set<String> STATES = Set.of(READY, UNAVAILABLE, LEAVING, GONE);
+
+    /** Whether an instance can have said so. */
+    boolean isValid() {
+        return instance != null && instance.matches(Config.INSTANCE) && STATES.contains(String.valueOf(state))
+                && since != null && version != null;
+    }
+
     Presence as(String state) { return new Presence(instance, state, since, version, null); }
 
     String json() { return Json.of(this); }
@@ -1552,7 +1575,7 @@ record Presence(String instance, String state, String since, String version, Lon
 final class Instances {
     private static final long SILENT_MILLIS = 1_400, GONE_MILLIS = 10_000, FORGOTTEN_MILLIS = 60_000;
     /** More names than this are nobody's instances. */
-    private static final int MOST = 1_000, LONGEST = 1_000;
+    private static final int MOST = 1_000, LONGEST = 400;
 
     private record Heard(Presence said, long at) {}
 
@@ -1571,7 +1594,7 @@ final class Instances {
     /** Somebody's word. What is none is passed over: anybody who may use Redis can publish. */
     void hear(String json) {
         Presence said = json.length() > LONGEST ? null : Json.read(json, Presence.class);
-        if (said == null || said.instance() == null || said.state() == null) return;
+        if (said == null || !said.isValid()) return;
         if (heard.size() < MOST || heard.containsKey(said.instance()))
             heard.put(said.instance(), new Heard(said, now()));
     }
@@ -2171,6 +2194,7 @@ final class Http implements AutoCloseable {
 
     /** JSON or the page's form, nothing else. */
     static boolean isForm(HttpServerExchange exchange) {
+        if (exchange.getRequestHeaders().contains(Headers.CONTENT_ENCODING)) throw Problem.unsupportedMediaType();
         String type = exchange.getRequestHeaders().getFirst(Headers.CONTENT_TYPE);
         String[] parts = type == null ? new String[] {""} : type.toLowerCase(Locale.ROOT).split(";", 2);
         boolean utf8 = parts.length < 2 || !parts[1].contains("charset") || parts[1].contains("utf-8");
@@ -2293,7 +2317,7 @@ final class Problem extends RuntimeException {
     }
     static Problem unsupportedMediaType() {
         return of(415, "Unsupported Media Type",
-                "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8");
+                "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8 and not encoded");
     }
     static Problem fields(Map<String, String> errors) {
         return new Problem(422, "Unprocessable Content", String.join("; ", errors.values()), errors);
@@ -2359,7 +2383,7 @@ final class Json {
         try {
             return GSON.fromJson(json, OBJECT);
         } catch (JsonParseException e) {
-            boolean twice = String.valueOf(e.getMessage()).startsWith("duplicate key");
+            boolean twice = String.valueOf(e.getMessage()).startsWith("Duplicate key");
             throw Problem.badRequest(twice ? "the JSON object has a field twice" : "the body is not valid JSON");
         }
     }

@@ -432,12 +432,15 @@ class StoresTest {
                 board.awaitReady();
                 for (String word : List.of("", "\n", "visits", "visits\n", "messages\nx y", "messages\n1", "missed",
                         "\u0000\uffff", "{}", "[]", "1",
-                        "{\"instance\":[]}", "{\"instance\":\"a\",\"state\":\"" + "x".repeat(2_000) + "\"}"))
+                        "{\"instance\":[]}",
+                        "{\"instance\":\"<b>\",\"state\":\"ready\",\"since\":\"\",\"version\":\"\"}",
+                        "{\"instance\":\"a\",\"state\":\"" + "x".repeat(2_000) + "\"}"))
                     for (String channel : List.of("threefold:events", "threefold:instances:0"))
                         jedis.publish(channel, word);
                 viewer.awaits(board.say("a", "still told").expect(201));
                 long visit = board.visits();
                 Wait.until("the visit is told", () -> viewer.lastVisits() >= visit);
+                assertFalse(board.get("/api/instances").body().contains("<b>"));
                 assertFalse(Evidence.all().toString().contains("unexpected"), "" + Evidence.last(5));
             }
         }
@@ -447,7 +450,12 @@ class StoresTest {
                     with(Servers.newDatabase(), "REDIS_DB", "6"));
                  EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
                 board.awaitReady();
+                jedis.set("visits:by-instance", "no hash");
                 jedis.hset("{visits:total}:by-instance", "odd", "many");
+                board.get("/api/visits").unavailable();
+                board.get("/", "Accept", "text/html").expect(200);
+                Thread.sleep(11_000); // it tidies up each ten seconds; what it can't is no sign that Redis is away
+                assertEquals("ready", board.get("/readyz").expect(200).text("status"));
                 assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                 board.get("/api/visits");
                 Thread.sleep(700);

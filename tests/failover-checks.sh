@@ -110,7 +110,15 @@ check_nginx_errors() {
   for path in /api/messages/%00 '/..%2f..%2fetc/passwd' /%2e%2e/etc/passwd /% '/a%zz'; do
     refused 400 "$URL$path" --path-as-is || bad=1
   done
+  refused 400 -X "$(printf 'A%.0s' {1..40})" "$URL/" || bad=1
+  for path in Accept Content-Type Content-Encoding Idempotency-Key Last-Event-ID; do
+    refused 400 "$URL/" -H "$path: a"$'\x01'b || bad=1
+  done
+  printf 'GET /healthz HTTP/1.1\r\nHost: a\r\nX: a\x01b\r\n%sConnection: close\r\n\r\n' \
+    "$(printf 'X%s: a\r\n' {1..900})"$'\r\n' | exchange | grep -q '"status":"ok"' ||
+    { say "headers that no instance reads are not passed over"; bad=1; }
   refused 405 -X TRACE "$URL/" || bad=1
+  grep -qi '^allow: GET, HEAD, OPTIONS' "$WORK/head" || { say "Allow is not what an instance says"; bad=1; }
   printf '\x16\x03\x01\x02 no HTTP\r\n\r\n' | exchange | grep -q '"status":400' ||
     { say "what is no HTTP is not refused"; bad=1; }
   printf 'GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n' | exchange | grep -q '"status":400' ||
