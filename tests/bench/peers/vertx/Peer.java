@@ -94,7 +94,7 @@ public final class Peer extends VerticleBase {
     }
 
     private void newest(RoutingContext request) {
-        int limit = Math.clamp(Integer.parseInt(request.queryParams().get("limit")), 1, 100);
+        int limit = Math.clamp(Integer.parseInt(request.request().getParam("limit", "20")), 1, 100);
         database.preparedQuery("SELECT id, author, body, instance, created_at FROM messages ORDER BY id DESC LIMIT $1")
             .execute(Tuple.of(limit))
             .onSuccess(rows -> {
