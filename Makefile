@@ -126,6 +126,10 @@ test-docs: ## runs the commands of README.md and docs/
 bench: ## measures against what the machine can do (QUICK=1: under two minutes)
 	@tests/bench/run
 
+.PHONY: bench-peers
+bench-peers: ## measures the same job in other frameworks beside this one (QUICK=1: to see that it works)
+	@tests/bench/peers/run
+
 ##@ Three machines (docs/cluster.md)
 
 .PHONY: cluster-up

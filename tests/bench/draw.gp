@@ -1,5 +1,5 @@
 # Draws a picture from the lines that `run` keeps, as SVG on standard output:
-#   gnuplot -e "picture='throughput'; data='results.tsv'" draw.gp      (or latency, instances, pages)
+#   gnuplot -e "picture='throughput'; data='results.tsv'" draw.gp      (or latency, instances, pages, peers)
 # No background and middling colours, so that they read on white and on black.
 grey = '#737d89'
 blue = '#3b82f6'
@@ -58,4 +58,11 @@ if (picture eq 'pages') {
   plot lines('pages', 'newest', '$3, $4') title 'newest 20' lc rgb blue pt 7, \
        lines('pages', 'middle', '$3, $4') title '20 from the middle' lc rgb orange pt 7, \
        lines('pages', 'one', '$3, $4') title 'one by id' lc rgb green pt 7
+}
+if (picture eq 'peers') {
+  set title 'Requests a second, the same job; nginx and three instances of each, 64 connections'
+  set style data histograms
+  set style histogram clustered gap 1
+  plot data using 2:xtic(1) title 'GET /' linecolor rgb blue, '' using 3 title 'POST' linecolor rgb orange, \
+       '' using 4 title 'newest 20' linecolor rgb green, '' using 5 title '/healthz' linecolor rgb grey
 }
