@@ -110,9 +110,9 @@ class InstancesTest {
     @Test void without_PostgreSQL_say_so() throws Exception {
         try (Cable postgres = new Cable(Servers.databasePort());
              Instance broken = begin("broken", Map.of("DB_PORT", "" + postgres.port()))) {
-            awaitState(one, "broken", "ready", 5_000);
+            awaitState(one, broken.name, "ready", 5_000);
             postgres.cut();
-            awaitState(one, "broken", "unavailable", 3_000);
+            awaitState(one, broken.name, "unavailable", 3_000);
         }
     }
 
@@ -120,7 +120,7 @@ class InstancesTest {
         try (EventsTest.Viewer viewer = new EventsTest.Viewer(one, "")) {
             Wait.until("a first list", () -> !viewer.all("instances").isEmpty());
             try (Instance late = begin("late", Map.of())) {
-                Wait.until("the new one", () -> viewer.all("instances").getLast().data().contains("\"late\""));
+                Wait.until("the new one", () -> viewer.all("instances").getLast().data().contains(late.name));
             }
             Wait.until("it is gone", () -> {
                 Map<String, String> states = new TreeMap<>();

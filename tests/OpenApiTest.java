@@ -227,7 +227,8 @@ class OpenApiTest {
         String type = answer.header("content-type").split(";")[0];
         String content = described + "/content/" + type.replace("/", "~1");
         assertNotNull(at(content), () -> name + " has a type that is not described: " + type);
-        fits(content + "/schema", type.endsWith("json") ? JsonParser.parseString(answer.body()) : new JsonPrimitive(answer.body()), name);
+        fits(content + "/schema", type.endsWith("json") ? JsonParser.parseString(answer.body())
+                : new JsonPrimitive(answer.body()), name);
     }
 
     private static void headerFits(String pointer, String header, Answer answer, String name) {

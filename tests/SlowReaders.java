@@ -42,7 +42,7 @@ public final class SlowReaders {
 
     private void run(int messages, int viewers, int pages, int seconds) throws Exception {
         long first = Long.MAX_VALUE;
-        for (int i = 0; i < messages; i++) first = Math.min(first, store(i));
+        for (int i = 0; i < messages; i++) first = Math.min(first, storeAgainUntilItIs(i));
         for (int i = 0; i < viewers + pages; i++) {
             String path = i < viewers ? "/api/events?after=" + first
                     : i % 2 == 0 ? "/?limit=100" : "/api/messages?limit=100";
@@ -65,6 +65,16 @@ public final class SlowReaders {
         System.out.println("open=" + readers.size() + " unkind=" + unkind + " told="
                 + told.toString().replaceAll("[{} ]", "").replace('=', ':'));
         System.exit(0);
+    }
+
+    /** Others may have begun to read already; then a large body is told to come again. */
+    private long storeAgainUntilItIs(int number) throws Exception {
+        for (int tries = 1; ; tries++, Thread.sleep(500))
+            try {
+                return store(number);
+            } catch (IOException e) {
+                if (tries == 60 || !e.getMessage().contains("Retry-After")) throw e;
+            }
     }
 
     /** @return its id */
