@@ -217,6 +217,7 @@ public final class Viewers {
             Place place = Place.of(id);
             Matcher message = ID.matcher(data);
             if (event.equals("gap")) wrong(Wrong.gaps, "told of a gap: " + data);
+            else if (firstVersion && id == null) judgedFrom = turns.get(); // it gives no id to what comes late
             else if (place == null || !message.find())
                 wrong(Wrong.odd, "a message with the id " + id + " and the data " + data);
             else {
