@@ -398,6 +398,26 @@ class EventsTest {
             }
         }
 
+        /** It takes them in small pieces, so that what is read for it is read many times. */
+        @Test void and_reads_little_at_a_time_is_told_all_of_it() throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase());
+            try (Instance board = new Instance("little", database); Wire slow = new Wire(board.port, 4_096)) {
+                board.awaitReady();
+                Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key) "
+                        + "SELECT 'a', repeat('" + MessagesTest.SMILE + "', 1990), 'other', 's:' || n "
+                        + "FROM generate_series(1, 3500) AS n");
+                slow.send(HttpTest.request("GET", "/api/events?after=0"));
+                slow.socket.setSoTimeout(60_000);
+                int told = 0;
+                for (String line = ""; told < 3_500; line = slow.readLine()) {
+                    assertTrue(!line.equals("event: gap"), "expected no gap, saw one after " + told + " messages");
+                    if (!line.equals("event: message")) continue;
+                    told++;
+                    Thread.sleep(2);
+                }
+            }
+        }
+
         @Test void is_not_one_of_thousands() throws Exception {
             try (Instance board = new Instance("full", Servers.environment(Servers.newDatabase()))) {
                 List<Wire> viewers = new ArrayList<>();
