@@ -104,7 +104,7 @@ public final class Service implements AutoCloseable {
     private final Batcher<Void, Counts> counts;
     private final Batcher<Write, Saved> writes;
     private final Batcher<PageQuery, MessagePage> reads;
-    private final Batcher<Cursor, Stretch> following;
+    private final Batcher<Following, Stretch> following;
     private final Http http;
     /** What it answers; see {@link Api#routes}. */
     final List<Route> routes;
@@ -686,6 +686,9 @@ record Cursor(long tx, long id) implements Comparable<Cursor> {
     @Override public String toString() { return (tx < 0 ? "" : tx + "-") + id; }
 }
 
+/** What a viewer asks for: at most so many of the events that follow its place. */
+record Following(Cursor after, int most) {}
+
 /**
  * Events that follow each other without a gap, as the bytes that every viewer gets: all of {@code (after, upTo]}.
  *
@@ -1131,8 +1134,6 @@ final class Messages implements AutoCloseable {
 
     /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int ROWS_MOST = 200;
-    /** Events that are read at once, for all viewers or for one that catches up. */
-    private static final int EVENTS_MOST = 100;
 
     private final Database forWrites, forReads, forPings, forEvents;
     private final String instance;
@@ -1234,31 +1235,31 @@ final class Messages implements AutoCloseable {
         return pages;
     }
 
-    /** For a batcher: what follows each of these places. Two reads at most; those a read covers are answered by it. */
-    List<Stretch> following(List<Cursor> places) throws InterruptedException {
+    /** For a batcher: what follows the first of these places. One read answers all that it covers. */
+    List<Stretch> following(List<Following> waiting) throws InterruptedException {
         List<Stretch> answers = new ArrayList<>();
         Set<Stretch> read = new LinkedHashSet<>();
-        for (Cursor place : places) {
-            Optional<Stretch> covering = read.stream().filter(one -> one.answers(place)).findFirst();
-            if (covering.isEmpty() && read.size() == ROWS_MOST / EVENTS_MOST) break;
+        int rows = 0;
+        for (Following one : waiting) {
+            Optional<Stretch> covering = read.stream().filter(stretch -> stretch.answers(one.after())).findFirst();
+            if (covering.isEmpty() && (rows += one.most()) > ROWS_MOST) break;
             Stretch answer = covering.isPresent() ? covering.get()
-                    : forEvents.run(connection -> following(connection, place));
+                    : forEvents.run(connection -> following(connection, one));
             read.add(answer);
             answers.add(answer);
         }
         return answers;
     }
 
-    /** At most {@link #EVENTS_MOST} events that follow this place. */
-    private static Stretch following(Connection connection, Cursor place) throws SQLException {
-        Cursor after = place.tx() >= 0 ? place : placeOf(connection, place);
+    private static Stretch following(Connection connection, Following asked) throws SQLException {
+        Cursor place = asked.after(), after = place.tx() >= 0 ? place : placeOf(connection, place);
         if (after == null) return Stretch.unknown(place);
         try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
             select.setString(1, Long.toString(after.tx()));
             select.setString(2, Long.toString(after.tx()));
             select.setLong(3, after.id());
-            select.setInt(4, EVENTS_MOST);
-            try (ResultSet rows = select.executeQuery()) { return stretch(place, after, rows); }
+            select.setInt(4, asked.most());
+            try (ResultSet rows = select.executeQuery()) { return stretch(asked, after, rows); }
         }
     }
 
@@ -1277,7 +1278,7 @@ final class Messages implements AutoCloseable {
         }
     }
 
-    private static Stretch stretch(Cursor asked, Cursor after, ResultSet rows) throws SQLException {
+    private static Stretch stretch(Following asked, Cursor after, ResultSet rows) throws SQLException {
         List<Cursor> cursors = new ArrayList<>();
         List<Integer> ends = new ArrayList<>();
         ByteArrayOutputStream bytes = new ByteArrayOutputStream();
@@ -1292,9 +1293,9 @@ final class Messages implements AutoCloseable {
             cursors.add(cursor);
             ends.add(bytes.size());
         }
-        boolean whole = cursors.size() < EVENTS_MOST;
+        boolean whole = cursors.size() < asked.most();
         Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
-        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
+        return new Stretch(asked.after(), after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
                 bytes.toByteArray(), whole, known);
     }
 
@@ -1609,7 +1610,7 @@ final class Events implements AutoCloseable {
     private static final String STORED = "missed", VISITED = "visited";
 
     private final Counters counters;
-    private final Batcher<Cursor, Stretch> following;
+    private final Batcher<Following, Stretch> following;
     private final Instances instances;
     private final Held held;
     private final Metrics metrics;
@@ -1621,7 +1622,7 @@ final class Events implements AutoCloseable {
     private volatile JedisPubSub subscription;
     private Thread teller, listener;
 
-    Events(Counters counters, Batcher<Cursor, Stretch> following, Instances instances, Held held, Metrics metrics) {
+    Events(Counters counters, Batcher<Following, Stretch> following, Instances instances, Held held, Metrics metrics) {
         this.counters = counters;
         this.following = following;
         this.instances = instances;
@@ -1771,6 +1772,8 @@ final class Events implements AutoCloseable {
     private final class Viewer {
         /** What is sent at once, in whole events: as much as a reader who stops may leave in our memory. */
         private static final int PIECE = 8 * 1024;
+        /** Events that are read at once; fewer for who does not take them all, since the rest is read again. */
+        private static final int READ_MOST = 100, READ_SLOWLY = 10;
         private static final long HEARTBEAT_NANOS = 15_000_000_000L, STUCK_NANOS = 30_000_000_000L;
         /** Messages that a viewer who was away is brought; beyond them it is told that it misses some. */
         private static final int CATCH_UP_MOST = 50_000;
@@ -1782,6 +1785,7 @@ final class Events implements AutoCloseable {
         private boolean gap;             // what lies between `lost` and "now" is not told
         private Cursor lost;             // the place where it was; null if it named none that can be read
         private boolean wanted = true, asking; // what follows its place
+        private boolean slow;            // it took less than was read for it
         private boolean begun, gone;
         private int caughtUp;            // messages told since it was up to date
         private byte[] toldCounts, toldPresent;
@@ -1833,7 +1837,8 @@ final class Events implements AutoCloseable {
         private void ask() {
             if (!wanted || asking) return;
             wanted = false;
-            asking = following.offer(told == null ? Cursor.NOW : told, exchange.getIoThread(), (stretch, failure) -> {
+            Following next = new Following(told == null ? Cursor.NOW : told, slow ? READ_SLOWLY : READ_MOST);
+            asking = following.offer(next, exchange.getIoThread(), (stretch, failure) -> {
                 asking = false;
                 wanted |= failure != null; // PostgreSQL is away, or has too much to do: it asks again when it is woken
                 if (!begun) gap |= told == null && failure != null;
@@ -1866,7 +1871,7 @@ final class Events implements AutoCloseable {
                 int begin = first == 0 ? 0 : ends[first - 1];
                 for (last = first; last + 1 < ends.length && ends[last + 1] - begin <= PIECE; ) last++;
                 if (!flushed()) {
-                    wanted = true;
+                    wanted = slow = true;
                     return;
                 }
                 told = cursors.get(last);
@@ -1874,6 +1879,7 @@ final class Events implements AutoCloseable {
                 metrics.told("message", last - first + 1);
                 unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
             }
+            slow = false;
             if (stretch.upTo().compareTo(told) > 0) told = stretch.upTo();
             // Whoever catches up lets others have their turn between two reads.
             if (!stretch.whole()) exchange.getIoThread().executeAfter(this::goOn, 1, TimeUnit.MILLISECONDS);
