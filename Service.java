@@ -1126,7 +1126,7 @@ final class Messages implements AutoCloseable {
             LEFT JOIN LATERAL (SELECT * FROM messages
                                WHERE (tx, id) > (?::text::xid8, ?) AND tx < pg_snapshot_xmin(pg_current_snapshot())
                                ORDER BY tx, id LIMIT ?) AS message ON true
-            ORDER BY tx, message.id""".formatted(MICROS);
+            ORDER BY message.tx, message.id""".formatted(MICROS); // `tx` alone is the text above: 10 before 9
     private static final String PLACE = """
             SELECT tx::text, id, EXISTS (SELECT FROM messages WHERE id >= ?)
             FROM messages WHERE id <= ? ORDER BY id DESC LIMIT 1""";

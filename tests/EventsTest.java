@@ -300,6 +300,21 @@ class EventsTest {
             }
         }
 
+        /** As numbers: 9 is before 10, and 99 before 100. */
+        @Test void is_brought_it_in_the_order_of_the_transactions() throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase());
+            try (Instance board = new Instance("numbers", database)) {
+                board.awaitReady();
+                Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key, tx) "
+                        + "SELECT 'a', 'told in turn', 'other', 's:' || tx, tx::text::xid8 "
+                        + "FROM unnest(ARRAY[9, 10, 11, 99, 100, 101]) AS tx");
+                try (Viewer viewer = new Viewer(board, "?after=0")) {
+                    Wait.until("all is told", () -> viewer.ids().size() == 6);
+                    viewer.checkInTurn();
+                }
+            }
+        }
+
         @ParameterizedTest @ValueSource(strings = {"999999999999-1", "abc", "-1", "1-2-3"})
         void from_a_place_that_is_not_known_here_is_told_that_there_is_a_gap(String place) throws Exception {
             try (Instance board = new Instance("gap", Servers.environment(Servers.newDatabase()))) {
