@@ -75,7 +75,8 @@ power_on() {
   setsid nsenter --net="/run/netns/$name" unshare --mount --uts --pid --fork --mount-proc --kill-child=KILL sh -c "
     hostname $name
     exec dockerd --host unix://$run/docker.sock --data-root $data --exec-root $run/exec --pidfile $run/docker.pid \
-      --cgroup-parent /$name --exec-opt native.cgroupdriver=cgroupfs --storage-driver overlay2 --ip6tables=false --log-level warn" \
+      --cgroup-parent /$name --exec-opt native.cgroupdriver=cgroupfs --storage-driver overlay2 --ip6tables=false \
+      --log-level warn" \
     >>"$run/log" 2>&1 </dev/null &
   echo $! >"$run/pid"
 }
