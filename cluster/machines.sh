@@ -77,7 +77,7 @@ power_on() {
     exec dockerd --host unix://$run/docker.sock --data-root $data --exec-root $run/exec --pidfile $run/docker.pid \
       --cgroup-parent /$name --exec-opt native.cgroupdriver=cgroupfs --storage-driver overlay2 --ip6tables=false \
       --log-level warn" \
-    >>"$run/log" 2>&1 </dev/null &
+    >>"$run/log" 2>&1 </dev/null 3>&- 4>&- 5>&- 6>&- & # (or it would keep the caller's pipes and locks)
   echo $! >"$run/pid"
 }
 
