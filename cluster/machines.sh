@@ -175,7 +175,14 @@ redis_primary_to() {
   redis "$1" config set replica-priority 100 >/dev/null
 }
 
-# spread: an instance on each machine again. The Swarm moves none back by itself to a machine that has returned.
-spread() { local n; for n in $MACHINES; do [ -n "$(container "$n" web)" ] || { update web; return; }; done; }
+# spread: an instance on each machine again. The Swarm moves none back by itself to a machine that has returned; when it
+# replaces them, one may be left with none; of those that are too many, it takes away where most are.
+spread() {
+  local n
+  for n in $MACHINES; do
+    [ -n "$(container "$n" web)" ] || { scale_web 6 && scale_web 3; return; }
+  done
+}
+scale_web() { on "$(manager)" service scale "threefold_web=$1" >/dev/null; }
 
 update() { on "$(manager)" service update --force --quiet "threefold_$1"; }
