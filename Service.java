@@ -74,7 +74,6 @@ import java.util.stream.*;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
-
 /**
  * Threefold: a message board with a visit counter, built so that any number of identical instances behind a load
  * balancer behave as one. PostgreSQL holds the messages, Redis the counters; an instance holds nothing.
@@ -96,17 +95,17 @@ public final class Service implements AutoCloseable {
     private final Config config;
     private final Metrics metrics = new Metrics();
     private final Dependency postgres = new Dependency("postgres"), redis = new Dependency("redis");
+    private final Held held = new Held();
+    private final Instances instances = new Instances();
     private final Messages messages;
     private final Counters counters;
+    private final Events events;
     private final Batcher<Void, Long> visits;
     private final Batcher<Void, Counts> counts;
     private final Batcher<Write, Saved> writes;
     private final Batcher<PageQuery, MessagePage> reads;
-    private final Batcher<Cursor, Stretch> following;
-    private final Held held = new Held();
-    private final Events events;
+    private final Batcher<Following, Stretch> following;
     private final Http http;
-    private final Instances instances = new Instances();
     /** What it answers; see {@link Api#routes}. */
     final List<Route> routes;
 
@@ -119,9 +118,11 @@ public final class Service implements AutoCloseable {
             Config config = Config.from(System.getenv());
             Log.start(config.instance());
             Deque<AutoCloseable> running = new ConcurrentLinkedDeque<>();
-            Runtime.getRuntime().addShutdownHook(new Thread(() -> stop(running), "shutdown"));
+            Runtime.getRuntime().addShutdownHook(new Thread(() -> {
+                running.forEach(Service::closeQuietly); // the last one first
+                Log.flush();
+            }, "shutdown"));
             if (config.needsEmbedded()) {
-                Embedded.check();
                 Embedded embedded = new Embedded(config);
                 running.push(embedded);
                 config = embedded.start();
@@ -135,12 +136,6 @@ public final class Service implements AutoCloseable {
         }
     }
 
-    /** In the reverse order of starting. */
-    private static void stop(Deque<AutoCloseable> running) {
-        for (AutoCloseable last; (last = running.poll()) != null; ) closeQuietly(last);
-        Log.flush();
-    }
-
     /** The parts of an instance, and who knows whom. It does nothing before {@link #start()}. */
     Service(Config config) {
         this.config = config;
@@ -148,34 +143,22 @@ public final class Service implements AutoCloseable {
         counters = new Counters(config, redis);
         following = batcher("events", messages::following);
         events = new Events(counters, following, instances, held, metrics);
-        visits = batcher("visits", batch -> {
-            List<Long> numbers = counters.count(batch.size());
-            events.visited();
-            return numbers;
-        });
+        visits = batcher("visits", batch -> events.counted(counters.count(batch.size())));
         counts = batcher("counts", batch -> Collections.nCopies(batch.size(), counters.read()));
-        writes = batcher("writes", batch -> {
-            List<Saved> saved = messages.save(batch);
-            events.stored();
-            return saved;
-        });
+        writes = batcher("writes", batch -> events.stored(messages.save(batch)));
         reads = batcher("reads", messages::pages);
         http = new Http(config, held, metrics);
         routes = new Api(config, http, visits, counts, writes, reads, events, instances, postgres, redis, metrics,
                 new HtmlPage()).routes();
-        watchGauges();
+        metrics.gauge("event_viewers", "Open event streams", events::viewers);
+        metrics.gauge("http_requests_in_flight", "Requests begun and not yet answered", http::inFlight);
+        metrics.gauge("held_bytes", "Bytes in memory that wait for clients", held::bytes);
+        metrics.dependencies(postgres, redis);
     }
 
     /** 1,024 waiting: as many as there may be connections from the proxy, each with one request. */
     private <Q, A> Batcher<Q, A> batcher(String name, Batcher.Work<Q, A> work) {
         return new Batcher<>(name, 1_024, metrics.batchesOf(name), work);
-    }
-
-    private void watchGauges() {
-        metrics.gauge("event_viewers", "Open event streams", events::viewers);
-        metrics.gauge("http_requests_in_flight", "Requests begun and not yet answered", http::inFlight);
-        metrics.gauge("held_bytes", "Bytes in memory that wait for clients", held::bytes);
-        metrics.dependencies(postgres, redis);
     }
 
     /**
@@ -198,8 +181,8 @@ public final class Service implements AutoCloseable {
 
     /** What this instance says of itself to the others. */
     private Presence presence() {
-        return new Presence(config.instance(), http.isDraining() ? Presence.LEAVING : postgres.isUp() ? Presence.READY
-                : Presence.UNAVAILABLE, since, VERSION, http.requestsPerSecond());
+        String state = http.isDraining() ? Presence.LEAVING : postgres.isUp() ? Presence.READY : Presence.UNAVAILABLE;
+        return new Presence(config.instance(), state, since, VERSION, http.requestsPerSecond());
     }
 
     /**
@@ -223,12 +206,10 @@ public final class Service implements AutoCloseable {
 
     private void sayGoodbye() throws InterruptedException { if (redis.isUp()) counters.goodbye(presence()); }
 
-    private static void closeQuietly(AutoCloseable part) {
+    static void closeQuietly(AutoCloseable part) {
         try {
             part.close();
-        } catch (Exception e) {
-            Log.warn("stop_failed", "reason", Log.reason(e));
-        }
+        } catch (Exception e) { Log.warn("stop_failed", "reason", Log.reason(e)); }
     }
 
     /** The text of a file that //FILES brought along. */
@@ -249,6 +230,8 @@ public final class Service implements AutoCloseable {
  *                    outlast the time for which nginx keeps an idle connection (keepalive_timeout, 2 s)
  */
 record Config(String instance, String host, int port, Postgres postgres, Redis redis, int drainMillis, Path dataDir) {
+    /** What an instance may be called. */
+    static final String INSTANCE = "[A-Za-z0-9._-]{1,64}";
 
     /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
     @SuppressWarnings("serial") // nobody sends it anywhere
@@ -261,12 +244,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         }
     }
 
-    /** What an instance may be called. */
-    static final String INSTANCE = "[A-Za-z0-9._-]{1,64}";
-
     /** A password that no log line can print by accident. */
     record Secret(String value) {
-        static final Secret NONE = new Secret(null);
         @Override public String toString() { return value == null ? "(none)" : "(hidden)"; }
     }
 
@@ -276,7 +255,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     /** Where Redis is: one server, or, if {@code master} is a name, the Sentinels that know who bears it now. */
     record Redis(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
-                 int waitReplicas) {}
+            int waitReplicas) {}
 
     /** Reads and checks the environment. */
     static Config from(Map<String, String> environment) throws Invalid {
@@ -287,10 +266,11 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
                 env.choice("DB_SSLMODE", null, "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
                 env.file("DB_SSLROOTCERT"));
         boolean embedded = redis.hosts.isEmpty() || postgres.hosts.isEmpty(); // then: no proxy, one's own machine
-        return new Config(env.matching("INSTANCE_ID", hostName(), INSTANCE,
-                "1 to 64 letters, digits, dots, dashes or underscores"),
-                env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535), postgres, redis,
-                env.number("DRAIN_MILLIS", embedded ? 0 : 2500, 0, 60_000),
+        String name = env.text("INSTANCE_ID", hostName());
+        if (!name.matches(INSTANCE))
+            throw new Invalid("INSTANCE_ID", name, "1 to 64 letters, digits, dots, dashes or underscores");
+        return new Config(name, env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535),
+                postgres, redis, env.number("DRAIN_MILLIS", embedded ? 0 : 2500, 0, 60_000),
                 Path.of(env.text("DATA_DIR", env.text("HOME", ".") + "/.threefold")));
     }
 
@@ -311,13 +291,14 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     boolean needsEmbedded() { return redis.hosts.isEmpty() || postgres.hosts.isEmpty(); }
 
     Config withRedis(int port, Secret pass) {
-        return new Config(instance, host, this.port, postgres, new Redis(List.of(new HostAndPort("127.0.0.1", port)),
-                null, null, pass, 0, false, 0), drainMillis, dataDir);
+        Redis own = new Redis(List.of(new HostAndPort("127.0.0.1", port)), null, null, pass, 0, false, 0);
+        return new Config(instance, host, this.port, postgres, own, drainMillis, dataDir);
     }
 
     Config withPostgres(int port, Secret pass) {
-        return new Config(instance, host, this.port, new Postgres(List.of(new HostAndPort("127.0.0.1", port)),
-                "postgres", "postgres", pass, null, null), redis, drainMillis, dataDir);
+        List<HostAndPort> here = List.of(new HostAndPort("127.0.0.1", port));
+        Postgres own = new Postgres(here, "postgres", "postgres", pass, null, null);
+        return new Config(instance, host, this.port, own, redis, drainMillis, dataDir);
     }
 
     /** As far as it makes a name for an instance. */
@@ -331,9 +312,9 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
     private record Env(Map<String, String> values) {
-        private static final Pattern ADDRESS =
-                Pattern.compile("(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)"
-                        + "(?::([0-9]{1,5}))?");
+        /** A name, an IPv4 address, or one of IPv6, which needs brackets if a port follows. */
+        private static final Pattern ADDRESS = Pattern.compile(
+                "(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
 
         static Env of(Map<String, String> environment) {
             Map<String, String> values = new HashMap<>(environment);
@@ -343,15 +324,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
         String text(String name, String otherwise) { return values.getOrDefault(name, otherwise); }
 
-        String matching(String name, String otherwise, String pattern, String needed) throws Invalid {
-            String value = text(name, otherwise);
-            if (!value.matches(pattern)) throw new Invalid(name, value, needed);
-            return value;
-        }
-
         int number(String name, int otherwise, int from, int to) throws Invalid {
-            String value = values.get(name);
-            if (value == null) return otherwise;
+            String value = text(name, "" + otherwise);
             int number = value.matches("[0-9]{1,9}") ? Integer.parseInt(value) : -1;
             if (number >= from && number <= to) return number;
             throw new Invalid(name, value, "a whole number from " + from + " to " + to);
@@ -367,39 +341,34 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         List<HostAndPort> addresses(String name, int port) throws Invalid {
             List<HostAndPort> found = new ArrayList<>();
             for (String one : values.containsKey(name) ? values.get(name).split(",", -1) : new String[0]) {
-                Matcher matcher = ADDRESS.matcher(one.strip());
-                int itsPort = !matcher.matches() ? 0 : matcher.group(2) == null ? port
-                        : Integer.parseInt(matcher.group(2));
+                Matcher parts = ADDRESS.matcher(one.strip());
+                int itsPort = !parts.matches() ? 0 : parts.group(2) == null ? port : Integer.parseInt(parts.group(2));
                 if (itsPort < 1 || itsPort > 65535)
                     throw new Invalid(name, values.get(name), "host names or addresses, as in db1,db2:" + port);
-                found.add(new HostAndPort(matcher.group(1).replaceAll("[\\[\\]]", ""), itsPort));
+                found.add(new HostAndPort(parts.group(1).replaceAll("[\\[\\]]", ""), itsPort));
             }
             return List.copyOf(found);
         }
 
         String file(String name) throws Invalid {
-            String value = values.get(name);
-            if (value == null || readable(value) != null) return value;
-            throw new Invalid(name + "=\"" + value + "\" cannot be read: it needs the path of a readable file");
+            if (values.containsKey(name)) content(name, "readable file");
+            return values.get(name);
         }
 
         Secret secret(String name) throws Invalid {
-            String file = values.get(name + "_FILE");
-            if (file == null) return new Secret(values.get(name));
-            if (values.containsKey(name))
-                throw new Invalid("%s and %s_FILE=\"%s\" are both set: it needs one or the other"
-                        .formatted(name, name, file));
-            String text = readable(file);
-            if (text != null) return new Secret(text.strip());
-            throw new Invalid("%s_FILE=\"%s\" cannot be read: it needs the path of a readable text file"
-                    .formatted(name, file));
+            String file = name + "_FILE";
+            if (!values.containsKey(file)) return new Secret(values.get(name));
+            if (!values.containsKey(name)) return new Secret(content(file, "readable text file").strip());
+            throw new Invalid("%s and %s=\"%s\" are both set: it needs one or the other"
+                    .formatted(name, file, values.get(file)));
         }
 
-        private static String readable(String file) {
+        private String content(String name, String kind) throws Invalid {
             try {
-                return Files.readString(Path.of(file));
+                return Files.readString(Path.of(values.get(name)));
             } catch (IOException | RuntimeException e) {
-                return null;
+                throw new Invalid(name + "=\"" + values.get(name) + "\" cannot be read: it needs the path of a "
+                        + kind);
             }
         }
     }
@@ -412,8 +381,8 @@ record Route(String method, String path, HttpHandler handler) {}
 
 /** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
 record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
-           Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Instances instances,
-           Dependency postgres, Dependency redis, Metrics metrics, HtmlPage page) {
+        Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Instances instances,
+        Dependency postgres, Dependency redis, Metrics metrics, HtmlPage page) {
     private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
@@ -449,45 +418,43 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
     }
 
     private void visits(HttpServerExchange exchange) {
-        http.ask(exchange, counts, null, (ex, counts) -> http.sendJson(ex, 200, counts.json()));
+        http.ask(exchange, counts, null, (ex, counts) -> http.sendJson(ex, 200, Json.of(counts)));
     }
 
     private void postMessage(HttpServerExchange exchange) {
-        boolean form = Http.isForm(exchange);
+        boolean form = Http.isForm(exchange), page = form && Http.wantsHtml(exchange);
         RequestKey key = RequestKey.of(exchange);
         http.readBody(exchange, (ex, body) -> {
             try {
                 Draft draft = form ? Draft.fromForm(body) : Draft.fromJson(body);
                 http.askOutcome(ex, writes, new Write(key, draft), (e, saved, failure) -> {
-                    if (form && Http.wantsHtml(e) && failure instanceof Problem problem) showRefused(e, body, problem);
+                    if (page && failure instanceof Problem problem) showRefused(e, body, problem);
                     else if (failure != null) throw failure;
-                    else if (form) redirectHome(e, saved);
-                    else sendStored(e, saved);
+                    else answerSaved(e, saved, form);
                 });
             } catch (Problem problem) {
-                if (!form || !Http.wantsHtml(ex)) throw problem;
+                if (!page) throw problem;
                 showRefused(ex, body, problem);
             }
         });
+    }
+
+    private void answerSaved(HttpServerExchange exchange, Saved saved, boolean form) {
+        if (saved.conflict()) throw Problem.keyReused();
+        HeaderMap headers = exchange.getResponseHeaders();
+        headers.put(Headers.LOCATION, form ? "/" : "/api/messages/" + saved.message().id());
+        if (form) {
+            http.send(exchange, 303, "text/plain", new byte[0]);
+            return;
+        }
+        if (saved.replayed()) headers.put(IDEMPOTENCY_REPLAYED, "true");
+        http.sendJson(exchange, saved.replayed() ? 200 : 201, Json.of(saved.message()));
     }
 
     /** Somebody without JavaScript gets the page back, with what was typed and what is wrong. */
     private void showRefused(HttpServerExchange exchange, byte[] body, Problem problem) {
         Http.say(exchange, problem);
         showPage(exchange, problem.status(), PageQuery.NEWEST, null, Form.of(body, problem));
-    }
-
-    private void sendStored(HttpServerExchange exchange, Saved saved) {
-        if (saved.conflict()) throw Problem.keyReused();
-        exchange.getResponseHeaders().put(Headers.LOCATION, "/api/messages/" + saved.message().id());
-        if (saved.replayed()) exchange.getResponseHeaders().put(IDEMPOTENCY_REPLAYED, "true");
-        http.sendJson(exchange, saved.replayed() ? 200 : 201, saved.message().json());
-    }
-
-    private void redirectHome(HttpServerExchange exchange, Saved saved) {
-        if (saved.conflict()) throw Problem.keyReused();
-        exchange.getResponseHeaders().put(Headers.LOCATION, "/");
-        http.send(exchange, 303, "text/plain", new byte[0]);
     }
 
     /** Answers with the page; whatever part of it is away is shown as away. */
@@ -512,20 +479,16 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
         http.ask(exchange, reads, new PageQuery(id + 1, 1), (ex, found) -> {
             if (found.messages().isEmpty() || found.messages().getFirst().id() != id)
                 throw Problem.notFound("there is no message " + id);
-            http.sendJson(ex, 200, found.messages().getFirst().json());
+            http.sendJson(ex, 200, Json.of(found.messages().getFirst()));
         });
     }
 
     /** A stream of events, from where the viewer says it is: the last id it was told, else from now on. */
     private void events(HttpServerExchange exchange) {
         exchange.getResponseHeaders().put(X_ACCEL_BUFFERING, "no"); // nginx passes each event on at once
-        if (exchange.getRequestMethod().equals(Methods.HEAD)) {
-            http.send(exchange, 200, Events.TYPE, new byte[0]);
-            return;
-        }
-        String last = exchange.getRequestHeaders().getFirst("Last-Event-ID");
-        Deque<String> after = exchange.getQueryParameters().get("after");
-        events.join(exchange, last != null ? last : after == null ? "" : after.getLast());
+        String last = exchange.getRequestHeaders().getFirst("Last-Event-ID"), after = parameter(exchange, "after");
+        if (exchange.getRequestMethod().equals(Methods.HEAD)) http.send(exchange, 200, Events.TYPE, new byte[0]);
+        else events.join(exchange, last != null ? last : after == null ? "" : after);
     }
 
     private void readyz(HttpServerExchange exchange) {
@@ -545,27 +508,29 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
     }
 
     private static PageQuery pageQuery(HttpServerExchange exchange) {
-        return new PageQuery(parameter(exchange, "before", Long.MAX_VALUE, Long.MAX_VALUE),
-                (int) parameter(exchange, "limit", PageQuery.NEWEST.limit(), 100));
+        return new PageQuery(number(exchange, "before", Long.MAX_VALUE, Long.MAX_VALUE, "the id of a message"),
+                (int) number(exchange, "limit", PageQuery.NEWEST.limit(), 100, "a whole number from 1 to 100"));
     }
 
-    private static long parameter(HttpServerExchange exchange, String name, long otherwise, long most) {
+    private static long number(HttpServerExchange exchange, String name, long otherwise, long most, String needed) {
+        String value = parameter(exchange, name);
+        if (value == null) return otherwise;
+        long number = NUMBER.matcher(value).matches() ? Long.parseLong(value) : 0;
+        if (number >= 1 && number <= most) return number;
+        throw Problem.badRequest(name + " has to be " + needed);
+    }
+
+    /** The last of this name in the query, null if there is none. */
+    private static String parameter(HttpServerExchange exchange, String name) {
         Deque<String> values = exchange.getQueryParameters().get(name);
-        if (values == null) return otherwise;
-        String value = values.getLast();
-        if (NUMBER.matcher(value).matches() && Long.parseLong(value) >= 1 && Long.parseLong(value) <= most)
-            return Long.parseLong(value);
-        throw Problem.badRequest(name + (most == Long.MAX_VALUE ? " has to be the id of a message"
-                : " has to be a whole number from 1 to " + most));
+        return values == null ? null : values.getLast();
     }
 }
 
 // --------------------------------------------------------------------------------------------------------- Domain
 
 /** A message as stored. The text is what the author sent, to the character. */
-record Message(long id, String author, String body, String instance, Instant createdAt) {
-    String json() { return Json.of(this); }
-}
+record Message(long id, String author, String body, String instance, Instant createdAt) {}
 
 /** A message as sent: checked, not yet stored. Lengths are in Unicode code points, without outer white space. */
 record Draft(String author, String body) {
@@ -693,7 +658,6 @@ record MessagePage(List<Message> messages, String next, String cursor, byte[] js
 /** All visits, and how many each instance answered; the total is their sum. Null total: Redis is away. */
 record Counts(Long total, Map<String, Long> byInstance) {
     static final Counts UNKNOWN = new Counts(null, Map.of());
-    String json() { return Json.of(this); }
 }
 
 /**
@@ -721,6 +685,9 @@ record Cursor(long tx, long id) implements Comparable<Cursor> {
 
     @Override public String toString() { return (tx < 0 ? "" : tx + "-") + id; }
 }
+
+/** What a viewer asks for: at most so many of the events that follow its place. */
+record Following(Cursor after, int most) {}
 
 /**
  * Events that follow each other without a gap, as the bytes that every viewer gets: all of {@code (after, upTo]}.
@@ -986,7 +953,7 @@ final class Dependency implements AutoCloseable {
 
 // ----------------------------------------------------------------------------------------------- Stores: PostgreSQL
 
-/** One connection, used by one thread, opened when first needed and again after it was lost. Needs no pool. */
+/** One connection, used by one at a time, opened when first needed and again after it was lost. Needs no pool. */
 final class Database implements AutoCloseable {
     interface Work<T> { T with(Connection connection) throws SQLException; }
 
@@ -1011,6 +978,7 @@ final class Database implements AutoCloseable {
     private final PGSimpleDataSource source = new PGSimpleDataSource();
     private final Dependency health;
     private Connection connection;
+    private int returnsSeen; // of the server, when this was opened
 
     Database(Config config, Dependency health) {
         this.health = health;
@@ -1052,9 +1020,11 @@ final class Database implements AutoCloseable {
 
     /** The same also when PostgreSQL is known to be down: how its watcher finds out that it is back. */
     synchronized <T> T attempt(Work<T> work) throws SQLException {
+        if (returnsSeen != health.returns()) abandon(connection); // it leads to a server that went away
         for (boolean fresh = connection == null; ; fresh = true) {
             if (connection == null) Batcher.mayWait();
             try {
+                returnsSeen = health.returns();
                 if (connection == null) connection = open();
                 return work.with(connection);
             } catch (SQLException e) {
@@ -1084,7 +1054,7 @@ final class Database implements AutoCloseable {
         if (!isTrue(statement, """
                 SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('messages') AND attname = 'tx')
                    AND EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('messages_tx'))""")) {
-            // Each by itself: while the index of a large table is made, nobody writes, but all can read.
+            // Each by itself: while the index of a large table is made nobody writes, but those who are here can read.
             for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
             Log.info("schema_made");
         }
@@ -1099,6 +1069,7 @@ final class Database implements AutoCloseable {
         connection.setNetworkTimeout(Runnable::run, 600_000);
         statement.execute("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 900;"
                 + "SELECT pg_advisory_xact_lock(3); " + sql + "; COMMIT");
+        connection.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
     }
 
     private static boolean isTrue(Statement statement, String sql) throws SQLException {
@@ -1163,8 +1134,6 @@ final class Messages implements AutoCloseable {
 
     /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int ROWS_MOST = 200;
-    /** Events that are read at once, for all viewers or for one that catches up. */
-    private static final int EVENTS_MOST = 100;
 
     private final Database forWrites, forReads, forPings, forEvents;
     private final String instance;
@@ -1266,31 +1235,31 @@ final class Messages implements AutoCloseable {
         return pages;
     }
 
-    /** For a batcher: what follows each of these places. Two reads at most; those a read covers are answered by it. */
-    List<Stretch> following(List<Cursor> places) throws InterruptedException {
+    /** For a batcher: what follows the first of these places. One read answers all that it covers. */
+    List<Stretch> following(List<Following> waiting) throws InterruptedException {
         List<Stretch> answers = new ArrayList<>();
         Set<Stretch> read = new LinkedHashSet<>();
-        for (Cursor place : places) {
-            Optional<Stretch> covering = read.stream().filter(one -> one.answers(place)).findFirst();
-            if (covering.isEmpty() && read.size() == ROWS_MOST / EVENTS_MOST) break;
+        int rows = 0;
+        for (Following one : waiting) {
+            Optional<Stretch> covering = read.stream().filter(stretch -> stretch.answers(one.after())).findFirst();
+            if (covering.isEmpty() && (rows += one.most()) > ROWS_MOST) break;
             Stretch answer = covering.isPresent() ? covering.get()
-                    : forEvents.run(connection -> following(connection, place));
+                    : forEvents.run(connection -> following(connection, one));
             read.add(answer);
             answers.add(answer);
         }
         return answers;
     }
 
-    /** At most {@link #EVENTS_MOST} events that follow this place. */
-    private static Stretch following(Connection connection, Cursor place) throws SQLException {
-        Cursor after = place.tx() >= 0 ? place : placeOf(connection, place);
+    private static Stretch following(Connection connection, Following asked) throws SQLException {
+        Cursor place = asked.after(), after = place.tx() >= 0 ? place : placeOf(connection, place);
         if (after == null) return Stretch.unknown(place);
         try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
             select.setString(1, Long.toString(after.tx()));
             select.setString(2, Long.toString(after.tx()));
             select.setLong(3, after.id());
-            select.setInt(4, EVENTS_MOST);
-            try (ResultSet rows = select.executeQuery()) { return stretch(place, after, rows); }
+            select.setInt(4, asked.most());
+            try (ResultSet rows = select.executeQuery()) { return stretch(asked, after, rows); }
         }
     }
 
@@ -1309,7 +1278,7 @@ final class Messages implements AutoCloseable {
         }
     }
 
-    private static Stretch stretch(Cursor asked, Cursor after, ResultSet rows) throws SQLException {
+    private static Stretch stretch(Following asked, Cursor after, ResultSet rows) throws SQLException {
         List<Cursor> cursors = new ArrayList<>();
         List<Integer> ends = new ArrayList<>();
         ByteArrayOutputStream bytes = new ByteArrayOutputStream();
@@ -1320,13 +1289,13 @@ final class Messages implements AutoCloseable {
             known = rows.getBoolean(8);
             if (rows.getString(6) == null) continue; // the one row of none
             Cursor cursor = new Cursor(Long.parseLong(rows.getString(6)), rows.getLong(1));
-            bytes.writeBytes(Events.frame("message", cursor, message(rows).json()));
+            bytes.writeBytes(Events.frame("message", cursor, Json.of(message(rows))));
             cursors.add(cursor);
             ends.add(bytes.size());
         }
-        boolean whole = cursors.size() < EVENTS_MOST;
+        boolean whole = cursors.size() < asked.most();
         Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
-        return new Stretch(asked, after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
+        return new Stretch(asked.after(), after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
                 bytes.toByteArray(), whole, known);
     }
 
@@ -1350,7 +1319,7 @@ final class Messages implements AutoCloseable {
 
 // ---------------------------------------------------------------------------------------------------- Stores: Redis
 
-/** One connection to Redis, used by one thread, opened when first needed and again after any trouble. Needs no pool. */
+/** One connection to Redis, used by one at a time, opened when first needed and again after any trouble. */
 final class RedisConnection implements AutoCloseable {
     interface Work<T> { T with(Jedis redis); }
 
@@ -1641,7 +1610,7 @@ final class Events implements AutoCloseable {
     private static final String STORED = "missed", VISITED = "visited";
 
     private final Counters counters;
-    private final Batcher<Cursor, Stretch> following;
+    private final Batcher<Following, Stretch> following;
     private final Instances instances;
     private final Held held;
     private final Metrics metrics;
@@ -1653,7 +1622,7 @@ final class Events implements AutoCloseable {
     private volatile JedisPubSub subscription;
     private Thread teller, listener;
 
-    Events(Counters counters, Batcher<Cursor, Stretch> following, Instances instances, Held held, Metrics metrics) {
+    Events(Counters counters, Batcher<Following, Stretch> following, Instances instances, Held held, Metrics metrics) {
         this.counters = counters;
         this.following = following;
         this.instances = instances;
@@ -1668,11 +1637,17 @@ final class Events implements AutoCloseable {
 
     int viewers() { return viewers.size(); }
 
-    /** Something was stored here; called after its commit. */
-    void stored() { if (!stored.get()) stored.set(true); }
+    /** These were stored here: called after their commit; hands them on. */
+    List<Saved> stored(List<Saved> saved) {
+        stored.set(true);
+        return saved;
+    }
 
-    /** Something was counted here; called after it was. */
-    void visited() { if (!visited.get()) visited.set(true); }
+    /** These were counted here: called after it; hands them on. */
+    List<Long> counted(List<Long> numbers) {
+        visited.set(true);
+        return numbers;
+    }
 
     /** @param last what the viewer was told last, empty if nothing */
     void join(HttpServerExchange exchange, String last) {
@@ -1732,7 +1707,7 @@ final class Events implements AutoCloseable {
         if (viewers.isEmpty()) counts = null;
         else if (lookForCounts.getAndSet(false) || counts == null) {
             try {
-                counts = frame("visit", null, counters.read().json());
+                counts = frame("visit", null, Json.of(counters.read()));
             } catch (Problem away) {
                 lookForCounts.set(true);
             }
@@ -1797,6 +1772,8 @@ final class Events implements AutoCloseable {
     private final class Viewer {
         /** What is sent at once, in whole events: as much as a reader who stops may leave in our memory. */
         private static final int PIECE = 8 * 1024;
+        /** Events that are read at once; fewer for who does not take them all, since the rest is read again. */
+        private static final int READ_MOST = 100, READ_SLOWLY = 10;
         private static final long HEARTBEAT_NANOS = 15_000_000_000L, STUCK_NANOS = 30_000_000_000L;
         /** Messages that a viewer who was away is brought; beyond them it is told that it misses some. */
         private static final int CATCH_UP_MOST = 50_000;
@@ -1804,12 +1781,13 @@ final class Events implements AutoCloseable {
 
         private final HttpServerExchange exchange;
         private final StreamSinkChannel sink;
-        private final Cursor named;      // the place it came with, null if none
         private Cursor told;             // up to where it has been told; null: ask where "now" is
-        private boolean gap;             // what lies between its place and "now" is not told
+        private boolean gap;             // what lies between `lost` and "now" is not told
+        private Cursor lost;             // the place where it was; null if it named none that can be read
         private boolean wanted = true, asking; // what follows its place
+        private boolean slow;            // it took less than was read for it
         private boolean begun, gone;
-        private int caughtUp;            // messages since it was up to date
+        private int caughtUp;            // messages told since it was up to date
         private byte[] toldCounts, toldPresent;
         private ByteBuffer unsent = ByteBuffer.allocate(0);
         private int heldBytes;
@@ -1817,7 +1795,7 @@ final class Events implements AutoCloseable {
 
         Viewer(HttpServerExchange exchange, String last) {
             this.exchange = exchange;
-            this.named = told = last.isEmpty() ? null : Cursor.parse(last);
+            this.told = last.isEmpty() ? null : Cursor.parse(last);
             this.gap = told == null && !last.isEmpty();
             this.sink = exchange.getResponseChannel();
             sink.getWriteSetter().set(channel -> pump());
@@ -1843,7 +1821,7 @@ final class Events implements AutoCloseable {
             if (closed) end();
             else if (begun && gap && told != null) {
                 gap = false;
-                return put("gap", frame("gap", told, Json.object("after", named)));
+                return put("gap", frame("gap", told, Json.object("after", lost)));
             } else if (begun && newest != null && newest != toldCounts) return put("visit", toldCounts = newest);
             else if (begun && around != null && around != toldPresent) return put("instances", toldPresent = around);
             else ask();
@@ -1859,7 +1837,8 @@ final class Events implements AutoCloseable {
         private void ask() {
             if (!wanted || asking) return;
             wanted = false;
-            asking = following.offer(told == null ? Cursor.NOW : told, exchange.getIoThread(), (stretch, failure) -> {
+            Following next = new Following(told == null ? Cursor.NOW : told, slow ? READ_SLOWLY : READ_MOST);
+            asking = following.offer(next, exchange.getIoThread(), (stretch, failure) -> {
                 asking = false;
                 wanted |= failure != null; // PostgreSQL is away, or has too much to do: it asks again when it is woken
                 if (!begun) gap |= told == null && failure != null;
@@ -1873,9 +1852,10 @@ final class Events implements AutoCloseable {
         }
 
         private void answered(Stretch stretch) throws IOException {
-            caughtUp = stretch.whole() ? 0 : caughtUp + stretch.cursors().size();
+            if (stretch.whole()) caughtUp = 0;
             if (!stretch.known() || caughtUp > CATCH_UP_MOST) { // then from now on
                 gap = wanted = true;
+                lost = told;
                 told = null;
                 caughtUp = 0;
             } else if (told == null) told = stretch.upTo();
@@ -1891,13 +1871,15 @@ final class Events implements AutoCloseable {
                 int begin = first == 0 ? 0 : ends[first - 1];
                 for (last = first; last + 1 < ends.length && ends[last + 1] - begin <= PIECE; ) last++;
                 if (!flushed()) {
-                    wanted = true;
+                    wanted = slow = true;
                     return;
                 }
                 told = cursors.get(last);
+                caughtUp += last - first + 1;
                 metrics.told("message", last - first + 1);
                 unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
             }
+            slow = false;
             if (stretch.upTo().compareTo(told) > 0) told = stretch.upTo();
             // Whoever catches up lets others have their turn between two reads.
             if (!stretch.whole()) exchange.getIoThread().executeAfter(this::goOn, 1, TimeUnit.MILLISECONDS);
@@ -1956,7 +1938,7 @@ final class Events implements AutoCloseable {
 
 /**
  * All bytes in memory that wait for a client to take them, or to send the rest: one bound for the instance, however
- * many clients are slow. Beyond it, pages are answered with 503, and viewers are told to come again.
+ * many clients are slow. Beyond it, pages are answered with 503, and the stream of a viewer who is slow ends.
  */
 final class Held {
     /** A quarter of the heap that the image has. */
@@ -2680,23 +2662,16 @@ final class Embedded implements AutoCloseable {
         this.folder = config.dataDir().toAbsolutePath().normalize();
     }
 
-    /** @throws Config.Invalid in the image, which brings no servers */
-    static void check() throws Config.Invalid {
-        try {
-            Class.forName("redis.embedded.RedisServer");
-        } catch (ClassNotFoundException e) {
-            throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
-        }
-    }
-
     /**
      * Starts what the configuration leaves open. A stop that comes meanwhile waits (synchronized), so that nothing
      * is left behind.
      *
      * @return the configuration, with the addresses of what was started
-     * @throws Config.Invalid if the folder can't be used, or another service uses it
+     * @throws Config.Invalid in the image, which brings no servers; if the folder can't be used, or is in use
      */
     synchronized Config start() throws Config.Invalid {
+        if (Service.class.getResource("/redis/embedded/RedisServer.class") == null)
+            throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
         claim();
         lock = lock();
         Log.info("data", "folder", folder.toString());
@@ -2872,12 +2847,7 @@ final class Embedded implements AutoCloseable {
     }
 
     @Override public synchronized void close() {
-        try {
-            if (postgres != null) postgres.close();
-            if (redis != null) redis.stop();
-            if (lock != null && lock.isValid()) lock.release();
-        } catch (IOException e) {
-            Log.warn("embedded_stop_failed", "reason", Log.reason(e));
-        }
+        Stream.<AutoCloseable>of(postgres, redis == null ? null : redis::stop, lock).filter(Objects::nonNull)
+                .forEach(Service::closeQuietly);
     }
 }

@@ -29,7 +29,7 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * The servers belong to this process and not to the instance, which has to have the image's class path and no more.
  */
 public final class Train {
-    private static final int CONNECTIONS = 32, VIEWERS = 8, ROUNDS = 26, OFTEN = 12;
+    private static final int CONNECTIONS = 32, VIEWERS = 8, ROUNDS = 3, OFTEN = 3;
     private static final String JSON = "application/json", FORM = "application/x-www-form-urlencoded";
     private static final String HTML = "text/html";
     private static final String MESSAGE = "{\"author\":\"Ada\",\"body\":\"Many small weights, \u00fc, \u2603, one.\"}";

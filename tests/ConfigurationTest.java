@@ -191,6 +191,14 @@ class ConfigurationTest {
             }
         }
 
+        @Test void that_brings_no_servers_has_to_be_told_where_they_are() throws Exception {
+            try (Program image = Program.withoutServers(Map.of("REDIS_HOST", "127.0.0.1"))) {
+                assertEquals(2, image.exitCode(), "exit code; standard error: " + image.err());
+                assertEquals(List.of("DB_HOST and REDIS_HOST have to be set: here are no servers to start"),
+                        image.err());
+            }
+        }
+
         @Test void ends_with_one_line_even_if_the_value_has_two() throws Exception {
             assertSays(end(Map.of("PORT", "80\n81")), "PORT");
         }

@@ -398,6 +398,31 @@ class EventsTest {
             }
         }
 
+        /** What it does not take is read again: then few at a time. */
+        @Test void but_a_little_at_a_time_is_told_all_and_it_is_not_read_many_times() throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase());
+            try (Instance board = new Instance("little", database); Wire slow = new Wire(board.port, 4_096)) {
+                board.awaitReady();
+                Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key) "
+                        + "SELECT 'a', repeat('" + MessagesTest.SMILE + "', 1990), 'other', 's:' || n "
+                        + "FROM generate_series(1, 3500) AS n");
+                slow.send(HttpTest.request("GET", "/api/events?after=0"));
+                slow.socket.setSoTimeout(60_000);
+                int told = 0;
+                for (String line = ""; told < 3_500; line = slow.readLine()) {
+                    assertTrue(!line.equals("event: gap"), "expected no gap, saw one after " + told + " messages");
+                    if (!line.equals("event: message")) continue;
+                    told++;
+                    Thread.sleep(2);
+                }
+                Wait.until("what was read is counted, and less than ten times 3,500 rows", () -> {
+                    long read = Long.parseLong(Servers.sql(database.get("DB_NAME"),
+                            "SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'messages'").getFirst());
+                    return read > 3_500 && read < 35_000;
+                });
+            }
+        }
+
         @Test void is_not_one_of_thousands() throws Exception {
             try (Instance board = new Instance("full", Servers.environment(Servers.newDatabase()))) {
                 List<Wire> viewers = new ArrayList<>();

@@ -206,6 +206,20 @@ class OutageTest {
             }
         }
 
+        @Test void and_its_connections_vanished_without_a_word_the_first_requests_after_that_are_answered()
+                throws Exception {
+            try (Wired wired = new Wired("vanished")) {
+                wired.instance.say("a", "before").expect(201);
+                wired.instance.get("/api/messages").expect(200);
+                wired.postgres.vanish();
+                Wait.until("it is noticed", () -> wired.instance.get("/readyz").status() == 503);
+                wired.postgres.mend();
+                Wait.until("it is back", () -> wired.instance.get("/readyz").status() == 200);
+                wired.instance.say("a", "after").expect(201);
+                wired.instance.get("/api/messages").expect(200);
+            }
+        }
+
         @Test void two_hundred_requests_at_once_are_answered_in_time_by_no_more_threads() throws Exception {
             try (Wired wired = new Wired("crowded")) {
                 wired.instance.metric("http_requests_in_flight"); // has a thread of its own

@@ -64,6 +64,7 @@ import java.util.logging.Level;
 import java.util.logging.LogManager;
 import java.util.logging.LogRecord;
 import java.util.logging.Logger;
+import java.util.stream.Collectors;
 import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
@@ -525,10 +526,20 @@ final class Program extends Caller implements AutoCloseable {
     }
 
     static Program java(int port, Map<String, String> environment) throws IOException {
+        return java(port, environment, System.getProperty("java.class.path"));
+    }
+
+    /** With what the image has of the libraries: no servers to start. */
+    static Program withoutServers(Map<String, String> environment) throws IOException {
+        return java(Servers.freePort(), environment, Stream.of(System.getProperty("java.class.path").split(":"))
+                .filter(jar -> !jar.contains("embedded-")).collect(Collectors.joining(":")));
+    }
+
+    private static Program java(int port, Map<String, String> environment, String classPath) throws IOException {
         List<String> command = new ArrayList<>(List.of(System.getProperty("java.home") + "/bin/java",
                 "-Djava.io.tmpdir=" + Servers.FOLDER));
         command.addAll(ManagementFactory.getRuntimeMXBean().getInputArguments());
-        command.addAll(List.of("-cp", System.getProperty("java.class.path"), "Service"));
+        command.addAll(List.of("-cp", classPath, "Service"));
         return new Program(port, command, environment);
     }
 
@@ -673,7 +684,7 @@ final class Cable implements AutoCloseable {
     private final int port;
     private final Set<Socket> ends = ConcurrentHashMap.newKeySet();
     private final AtomicInteger accepted = new AtomicInteger();
-    private volatile int target;
+    private volatile int target, line;
     private volatile boolean hanging, closed;
     private volatile String losing;
     private volatile ServerSocket entry;
@@ -693,6 +704,14 @@ final class Cable implements AutoCloseable {
 
     /** From now on nothing comes through, and nobody is told. */
     void hang() { hanging = true; }
+
+    /** As a machine that loses power: what is open never says anything again, and new ones are refused until mended. */
+    void vanish() throws IOException {
+        line++;
+        ServerSocket was = entry;
+        entry = null;
+        was.close();
+    }
 
     /** From now on every connection is refused, those that are open end. */
     void cut() throws IOException {
@@ -738,23 +757,24 @@ final class Cable implements AutoCloseable {
     }
 
     private void join(Socket here) {
+        int itsLine = line;
         try {
-            waitWhileHanging();
+            waitWhileHanging(itsLine);
             Socket there = new Socket("127.0.0.1", target);
             ends.add(there);
             AtomicInteger lost = new AtomicInteger();
-            Thread.ofVirtual().start(() -> pump(here, there, lost, true));
-            pump(there, here, lost, false);
+            Thread.ofVirtual().start(() -> pump(here, there, lost, true, itsLine));
+            pump(there, here, lost, false, itsLine);
         } catch (IOException | InterruptedException e) { drop(here); }
     }
 
-    private void pump(Socket from, Socket to, AtomicInteger lost, boolean questions) {
+    private void pump(Socket from, Socket to, AtomicInteger lost, boolean questions, int itsLine) {
         try {
             byte[] bytes = new byte[65_536];
             InputStream in = from.getInputStream();
             OutputStream out = to.getOutputStream();
             for (int count; (count = in.read(bytes)) >= 0; out.write(bytes, 0, count)) {
-                waitWhileHanging();
+                waitWhileHanging(itsLine);
                 String word = losing;
                 if (questions && word != null && new String(bytes, 0, count, ISO_8859_1).contains(word)) lost.set(1);
                 if (!questions && lost.get() == 1) {
@@ -767,8 +787,8 @@ final class Cable implements AutoCloseable {
         drop(to);
     }
 
-    private void waitWhileHanging() throws InterruptedException {
-        while (hanging && !closed) Thread.sleep(5);
+    private void waitWhileHanging(int itsLine) throws InterruptedException {
+        while ((hanging || itsLine != line) && !closed) Thread.sleep(5);
     }
 
     private void drop(Socket end) {

@@ -5,6 +5,7 @@ import io.undertow.Undertow;
 import io.undertow.server.HttpServerExchange;
 import io.undertow.server.handlers.BlockingHandler;
 import io.undertow.util.Headers;
+import io.undertow.util.HttpString;
 import java.io.IOException;
 import java.sql.Connection;
 import java.sql.DriverManager;
@@ -18,15 +19,27 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 /**
  * What `POST /api/messages` is compared to: the plain blocking way, on the same libraries. Each request has a thread of
  * sixteen and the thread's own connection for as long as it takes; each message is one INSERT and one commit. It has
- * less to do: it checks nothing, and does not answer a repeated request with what was stored.
+ * less to do: it checks nothing, and does not answer a repeated request with what was stored. Its /healthz is what the
+ * service's is compared to: a handler that only answers.
  */
 public class Blocking {
     private static final ThreadLocal<Connection> DATABASE = ThreadLocal.withInitial(Blocking::connect);
+    private static final HttpString INSTANCE_ID = new HttpString("X-Instance-Id");
+    private static final HttpString REQUEST_ID = new HttpString("X-Request-Id");
+    private static final HttpString CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
 
     public static void main(String[] args) {
-        var paths = Handlers.path(new BlockingHandler(Blocking::store)).addExactPath("/healthz", exchange -> { });
+        var paths = Handlers.path(new BlockingHandler(Blocking::store)).addExactPath("/healthz", Blocking::healthz);
         Undertow.builder().addHttpListener(9999, "0.0.0.0").setIoThreads(1).setWorkerThreads(16).setHandler(paths)
                 .build().start();
+    }
+
+    /** As many bytes as the service answers to the same request, and nothing else is done: no id, no metrics. */
+    private static void healthz(HttpServerExchange exchange) {
+        exchange.getResponseHeaders()
+                .put(Headers.CONTENT_TYPE, "application/json").put(Headers.CACHE_CONTROL, "no-store")
+                .put(INSTANCE_ID, "web1").put(REQUEST_ID, "f0e1d2c3b4a59687").put(CONTENT_TYPE_OPTIONS, "nosniff");
+        exchange.getResponseSender().send("{\"status\":\"ok\",\"instance\":\"web1\"}");
     }
 
     /** Connects as docker-compose.yml says; every statement is prepared on the server from its first use. */
