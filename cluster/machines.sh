@@ -75,8 +75,9 @@ power_on() {
   setsid nsenter --net="/run/netns/$name" unshare --mount --uts --pid --fork --mount-proc --kill-child=KILL sh -c "
     hostname $name
     exec dockerd --host unix://$run/docker.sock --data-root $data --exec-root $run/exec --pidfile $run/docker.pid \
-      --cgroup-parent /$name --storage-driver overlay2 --ip6tables=false --log-level warn" \
-    >>"$run/log" 2>&1 </dev/null &
+      --cgroup-parent /$name --exec-opt native.cgroupdriver=cgroupfs --storage-driver overlay2 --ip6tables=false \
+      --log-level warn" \
+    >>"$run/log" 2>&1 </dev/null 3>&- 4>&- 5>&- 6>&- & # (or it would keep the caller's pipes and locks)
   echo $! >"$run/pid"
 }
 
@@ -174,7 +175,14 @@ redis_primary_to() {
   redis "$1" config set replica-priority 100 >/dev/null
 }
 
-# spread: an instance on each machine again. The Swarm moves none back by itself to a machine that has returned.
-spread() { local n; for n in $MACHINES; do [ -n "$(container "$n" web)" ] || { update web; return; }; done; }
+# spread: an instance on each machine again. The Swarm moves none back by itself to a machine that has returned; when it
+# replaces them, one may be left with none; of those that are too many, it takes away where most are.
+spread() {
+  local n
+  for n in $MACHINES; do
+    [ -n "$(container "$n" web)" ] || { scale_web 6 && scale_web 3; return; }
+  done
+}
+scale_web() { on "$(manager)" service scale "threefold_web=$1" >/dev/null; }
 
 update() { on "$(manager)" service update --force --quiet "threefold_$1"; }

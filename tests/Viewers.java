@@ -1,6 +1,7 @@
 import java.io.BufferedInputStream;
 import java.io.IOException;
 import java.io.InputStream;
+import java.net.InetSocketAddress;
 import java.net.Socket;
 import java.net.URI;
 import java.net.http.HttpClient;
@@ -19,20 +20,25 @@ import java.util.concurrent.atomic.AtomicLong;
 import java.util.concurrent.locks.LockSupport;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
+import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.UTF_8;
 
 /**
- * The viewers of tests/failover: they stay, coming back with Last-Event-ID to whichever instance nginx gives them,
- * while others write and the stack breaks. At the end each of them has to have been told every message that was
- * acknowledged, in the order of the events' ids, none twice.
+ * The viewers of tests/failover and tests/cluster: they stay, coming back with Last-Event-ID to whichever instance
+ * nginx gives them, while others write and the stack breaks. At the end each of them has to have been told every
+ * message that was acknowledged, in the order of the events' ids, none twice.
  *
- * <p>{@code java Viewers.java HOST PORT RATE VIEWERS} writes RATE messages a second, if it can, until standard input
- * ends or says a line (`v1` at the end: some instances are of the first version); then it prints `name=value` words
- * and, for each thing that is wrong, a line. JDK 21, nothing else.
+ * <p>{@code java Viewers.java HOST PORT RATE VIEWERS} says "joined" when all view, and writes RATE messages a second,
+ * if it can, until standard input ends or says a line (`v1` at the end: some instances are of the first version); then
+ * it prints `name=value` words and, for each thing that is wrong, a line. JDK 21, nothing else.
+ *
+ * <p>HOST may be several, joined by commas: the next one is tried when one ends or does not answer. Of two such lists
+ * with a slash between, every second viewer and writer has the second: clients on two sides of a cut.
  *
  * <pre>
  *   returns       streams that began after a viewer's first one
+ *   unanswered    sent again and again, and not acknowledged when all is well again
  *   missing       acknowledged, and not told to a viewer
  *   doubled       told to a viewer twice
  *   out-of-order  told after an event with a later place
@@ -41,21 +47,23 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * </pre>
  */
 public final class Viewers {
-    private static final int WRITERS = 64, SILENCE_MILLIS = 20_000, PATIENCE_SECONDS = 30;
+    private static final int WRITERS = 64;
+    private static final int CONNECT_MILLIS = 2_000, SILENCE_MILLIS = 20_000, PATIENCE_SECONDS = 30;
     private static final Pattern ID = Pattern.compile("\"id\":([0-9]+)");
 
-    private final String host;
+    private final List<String[]> sides;
     private final int port;
     private final boolean firstVersion; // what it tells is not judged, only what this version tells after it
-    private final HttpClient http = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1).build();
+    private final HttpClient http = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1)
+            .connectTimeout(Duration.ofMillis(CONNECT_MILLIS)).build();
     private final Map<Long, Long> acknowledged = new ConcurrentHashMap<>(); // the message's id, and its turn
     private final AtomicLong turns = new AtomicLong();
     private final AtomicInteger refused = new AtomicInteger();
     private final List<Viewer> viewers = new ArrayList<>();
     private volatile boolean writing = true, viewing = true;
 
-    private Viewers(String host, int port, boolean firstVersion) {
-        this.host = host;
+    private Viewers(String hosts, int port, boolean firstVersion) {
+        this.sides = Stream.of(hosts.split("/")).map(side -> side.split(",")).toList();
         this.port = port;
         this.firstVersion = firstVersion;
     }
@@ -68,34 +76,40 @@ public final class Viewers {
     }
 
     private void run(int rate, int count) throws Exception {
-        for (int i = 0; i < count; i++) viewers.add(new Viewer());
+        for (int i = 0; i < count; i++) viewers.add(new Viewer(new Way(i)));
         for (Viewer viewer : viewers) viewer.start();
         for (Viewer viewer : viewers) while (!viewer.joined) LockSupport.parkNanos(10_000_000);
+        System.out.println("joined");
         long began = System.nanoTime();
         List<Thread> writers = new ArrayList<>();
-        for (int i = 0; i < WRITERS; i++) writers.add(Thread.ofPlatform().start(() -> write(began, rate)));
+        for (int i = 0; i < WRITERS; i++) {
+            Way way = new Way(i);
+            writers.add(Thread.ofPlatform().start(() -> write(began, rate, way)));
+        }
         System.in.read();
         writing = false;
-        for (Thread writer : writers) writer.join();
+        long giveUp = System.nanoTime() + PATIENCE_SECONDS * 1_000_000_000L;
+        for (Thread writer : writers) writer.join(Duration.ofNanos(Math.max(1, giveUp - System.nanoTime())));
+        long unanswered = writers.stream().filter(Thread::isAlive).count();
         double seconds = (System.nanoTime() - began) / 1e9;
         for (int i = 0; i < PATIENCE_SECONDS * 10 && viewers.stream().anyMatch(Viewer::misses); i++) Thread.sleep(100);
         viewing = false;
-        report(seconds);
+        report(seconds, unanswered);
         System.exit(0);
     }
 
-    private void report(double seconds) {
+    private void report(double seconds, long unanswered) {
         int returns = viewers.stream().mapToInt(viewer -> Math.max(0, viewer.streams - 1)).sum();
-        long wrong = 0;
+        long wrong = unanswered;
         StringBuilder counts = new StringBuilder();
         for (Wrong what : Wrong.values()) {
             long count = viewers.stream().mapToLong(viewer -> viewer.count(what)).sum();
             counts.append(' ').append(what.name().replace('_', '-')).append('=').append(count);
             wrong += count;
         }
-        System.out.printf("acknowledged=%d rate=%.0f repeated=%d viewers=%d returns=%d%s wrong=%d%n",
-                acknowledged.size(), acknowledged.size() / seconds, refused.get(), viewers.size(), returns, counts,
-                wrong);
+        System.out.printf("acknowledged=%d rate=%.0f repeated=%d unanswered=%d viewers=%d returns=%d%s wrong=%d%n",
+                acknowledged.size(), acknowledged.size() / seconds, refused.get(), unanswered, viewers.size(), returns,
+                counts, wrong);
         viewers.stream().flatMap(viewer -> viewer.evidence().stream()).limit(20)
                 .forEach(line -> System.out.println("- " + line));
     }
@@ -120,24 +134,39 @@ public final class Viewers {
         boolean isAfter(Place other) { return tx > other.tx || tx == other.tx && id > other.id; }
     }
 
+    /** The hosts of somebody's side, in turns. */
+    private final class Way {
+        private final String[] hosts;
+        private int turn;
+
+        Way(int number) {
+            hosts = sides.get(number % sides.size());
+            turn = number / sides.size();
+        }
+
+        String host() { return hosts[turn % hosts.length]; }
+        void next() { turn++; }
+    }
+
     /** Each message under a key of its own, sent until it is acknowledged. */
-    private void write(long began, int rate) {
+    private void write(long began, int rate, Way way) {
         while (writing) {
             long turn = turns.getAndIncrement(), due = began + turn * 1_000_000_000L / rate;
             for (long now; (now = System.nanoTime()) < due; ) LockSupport.parkNanos(due - now);
-            HttpRequest request = HttpRequest.newBuilder(URI.create("http://" + host + ':' + port + "/api/messages"))
-                    .timeout(Duration.ofSeconds(10)).header("Content-Type", "application/json")
-                    .header("Idempotency-Key", "viewers-" + began + '-' + turn)
-                            .POST(HttpRequest.BodyPublishers.ofString(
-                            "{\"author\":\"test-failover\",\"body\":\"for the viewers, " + turn + "\"}")).build();
-            while (!sent(request, turn)) {
+            while (!sent(began, turn, way.host())) {
                 refused.incrementAndGet();
+                way.next();
                 LockSupport.parkNanos(50_000_000);
             }
         }
     }
 
-    private boolean sent(HttpRequest request, long turn) {
+    private boolean sent(long began, long turn, String host) {
+        HttpRequest request = HttpRequest.newBuilder(URI.create("http://" + host + ':' + port + "/api/messages"))
+                .timeout(Duration.ofSeconds(10)).header("Content-Type", "application/json")
+                .header("Idempotency-Key", "viewers-" + began + '-' + turn)
+                .POST(HttpRequest.BodyPublishers.ofString(
+                        "{\"author\":\"test-failover\",\"body\":\"for the viewers, " + turn + "\"}")).build();
         try {
             HttpResponse<String> answer = http.send(request, HttpResponse.BodyHandlers.ofString());
             Matcher id = ID.matcher(answer.body());
@@ -160,12 +189,16 @@ public final class Viewers {
         private volatile boolean joined;
         private volatile int streams;
         private int left;                    // bytes of the chunk that is being read
+        private final Way way;
+
+        Viewer(Way way) { this.way = way; }
 
         @Override public void run() {
-            while (viewing) {
-                try (Socket socket = new Socket(host, port)) {
+            for (; viewing; way.next()) {
+                try (Socket socket = new Socket()) {
+                    socket.connect(new InetSocketAddress(way.host(), port), CONNECT_MILLIS);
                     socket.setSoTimeout(SILENCE_MILLIS);
-                    socket.getOutputStream().write(("GET /api/events HTTP/1.1\r\nHost: " + host + "\r\n"
+                    socket.getOutputStream().write(("GET /api/events HTTP/1.1\r\nHost: " + way.host() + "\r\n"
                             + (lastId.isEmpty() ? "" : "Last-Event-ID: " + lastId + "\r\n") + "\r\n").getBytes(UTF_8));
                     left = 0;
                     read(new BufferedInputStream(socket.getInputStream(), 64 * 1024));
