@@ -60,7 +60,7 @@ COPY <<'EOF_OPTIONS' java.options
 -XX:TrimNativeHeapInterval=10000
 # Java compiles what is called often, first quickly, then thoroughly, which takes some ten times as long; while it
 # starts, that is taken from the requests. So the second step waits for ten times as many calls as usual. In the first
-# second 2.1 times as many visits are answered, 2.4 times as many pages, 1.3 times as many posts; later it is the same.
+# second 2.1 times as many visits are answered, 2.4 times as many pages, 1.3 times as many posts (docs/design.md).
 -XX:Tier4InvocationThreshold=50000
 -XX:Tier4MinInvocationThreshold=6000
 -XX:Tier4CompileThreshold=150000
