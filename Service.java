@@ -74,6 +74,7 @@ import java.util.stream.*;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
+
 /**
  * Threefold: a message board with a visit counter, built so that any number of identical instances behind a load
  * balancer behave as one. PostgreSQL holds the messages, Redis the counters; an instance holds nothing.
@@ -119,7 +120,8 @@ public final class Service implements AutoCloseable {
             Log.start(config.instance());
             Deque<AutoCloseable> running = new ConcurrentLinkedDeque<>();
             Runtime.getRuntime().addShutdownHook(new Thread(() -> {
-                running.forEach(Service::closeQuietly); // the last one first
+                // The last one first; what begins meanwhile too.
+                for (AutoCloseable last; (last = running.poll()) != null; ) closeQuietly(last);
                 Log.flush();
             }, "shutdown"));
             if (config.needsEmbedded()) {

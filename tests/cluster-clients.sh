@@ -58,8 +58,7 @@ viewers_come() {
 
 # viewers_go CASE: what they had to have, they have. (Who never had to come back has shown less than the case says.)
 viewers_go() {
-  # (the word, since the engines that were started meanwhile keep the pipe open)
-  say enough >&6
+  say enough >&6 # a line ends them, also where something else keeps the pipe open
   exec 6>&-
   wait "$viewing" && [ "$(viewers wrong)" = 0 ] && [ "$(viewers acknowledged)" -ge 100 ] || return 1
   case $1 in update-web | update-nginx | *die* | two-gone | power-loss) [ "$(viewers returns)" -ge 1 ] ;; esac
