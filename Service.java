@@ -41,6 +41,7 @@ import io.undertow.server.*;
 import io.undertow.server.handlers.*;
 import io.undertow.util.*;
 import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
+import org.postgresql.PGConnection;
 import org.postgresql.ds.PGSimpleDataSource;
 import org.xnio.*;
 import org.xnio.channels.StreamSinkChannel;
@@ -106,6 +107,7 @@ public final class Service implements AutoCloseable {
     private final Batcher<Write, Saved> writes;
     private final Batcher<PageQuery, MessagePage> reads;
     private final Batcher<Following, Stretch> following;
+    private final Batcher<Void, byte[]> scrapes;
     private final Http http;
     /** What it answers; see {@link Api#routes}. */
     final List<Route> routes;
@@ -149,8 +151,12 @@ public final class Service implements AutoCloseable {
         counts = batcher("counts", batch -> Collections.nCopies(batch.size(), counters.read()));
         writes = batcher("writes", batch -> events.stored(messages.save(batch)));
         reads = batcher("reads", messages::pages);
+        scrapes = batcher("scrapes", batch -> {
+            Batcher.mayWait(); // JMX may take long
+            return Collections.nCopies(batch.size(), metrics.text());
+        });
         http = new Http(config, held, metrics);
-        routes = new Api(config, http, visits, counts, writes, reads, events, instances, postgres, redis, metrics,
+        routes = new Api(config, http, visits, counts, writes, reads, events, instances, postgres, redis, scrapes,
                 new HtmlPage()).routes();
         metrics.gauge("event_viewers", "Open event streams", events::viewers);
         metrics.gauge("http_requests_in_flight", "Requests begun and not yet answered", http::inFlight);
@@ -158,7 +164,7 @@ public final class Service implements AutoCloseable {
         metrics.dependencies(postgres, redis);
     }
 
-    /** 1,024 waiting: as many as there may be connections from the proxy, each with one request. */
+    /** 1,024 waiting; more hear 503 and come again. */
     private <Q, A> Batcher<Q, A> batcher(String name, Batcher.Work<Q, A> work) {
         return new Batcher<>(name, 1_024, metrics.batchesOf(name), work);
     }
@@ -202,7 +208,7 @@ public final class Service implements AutoCloseable {
             Http.pause(config.drainMillis() / 5);
         }
         Stream.<AutoCloseable>of(events, postgres, redis, this::sayGoodbye, visits, counts, writes, reads, following,
-                http, counters, messages).forEach(Service::closeQuietly);
+                scrapes, http, counters, messages).forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
 
@@ -316,7 +322,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     private record Env(Map<String, String> values) {
         /** A name, an IPv4 address, or one of IPv6, which needs brackets if a port follows. */
         private static final Pattern ADDRESS = Pattern.compile(
-                "(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s]+)(?::([0-9]{1,5}))?");
+                "(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s/?#&@]+)(?::([0-9]{1,5}))?");
 
         static Env of(Map<String, String> environment) {
             Map<String, String> values = new HashMap<>(environment);
@@ -384,7 +390,7 @@ record Route(String method, String path, HttpHandler handler) {}
 /** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
 record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
         Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Instances instances,
-        Dependency postgres, Dependency redis, Metrics metrics, HtmlPage page) {
+        Dependency postgres, Dependency redis, Batcher<Void, byte[]> scrapes, HtmlPage page) {
     private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
@@ -476,7 +482,7 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
 
     private void oneMessage(HttpServerExchange exchange) {
         String text = exchange.getAttachment(PathTemplateMatch.ATTACHMENT_KEY).getParameters().get("id");
-        if (!ID.matcher(text).matches()) throw Problem.notFound("there is no message " + text);
+        if (!ID.matcher(text).matches()) throw Problem.notFound("there is no such message");
         long id = Long.parseLong(text);
         http.ask(exchange, reads, new PageQuery(id + 1, 1), (ex, found) -> {
             if (found.messages().isEmpty() || found.messages().getFirst().id() != id)
@@ -505,8 +511,8 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
     private void metrics(HttpServerExchange exchange) {
         // nginx refuses this path as well; whatever came through any proxy is not the inner network.
         if (exchange.getRequestHeaders().contains(Headers.X_FORWARDED_FOR)) throw Problem.notFound("not found");
-        exchange.dispatch(ex -> http.guarded(ex,
-                () -> http.send(ex, 200, PrometheusTextFormatWriter.CONTENT_TYPE, metrics.text())));
+        http.ask(exchange, scrapes, null,
+                (ex, text) -> http.send(ex, 200, PrometheusTextFormatWriter.CONTENT_TYPE, text));
     }
 
     private static PageQuery pageQuery(HttpServerExchange exchange) {
@@ -979,7 +985,7 @@ final class Database implements AutoCloseable {
 
     private final PGSimpleDataSource source = new PGSimpleDataSource();
     private final Dependency health;
-    private Connection connection;
+    private volatile Connection connection;
     private int returnsSeen; // of the server, when this was opened
 
     Database(Config config, Dependency health) {
@@ -993,6 +999,7 @@ final class Database implements AutoCloseable {
         source.setApplicationName("threefold " + config.instance());
         source.setConnectTimeout(1);     // seconds, for each host; the driver waits for ever by default
         source.setSocketTimeout(1);      // the same, while it logs in; then SOCKET_MILLIS
+        source.setCancelSignalTimeout(1); // see Messages.insert
         source.setPrepareThreshold(1);   // the same few statements for ever: parse each once
         if (to.sslMode() != null) source.setSslMode(to.sslMode());
         if (to.sslRootCert() != null) source.setSslRootCert(to.sslRootCert());
@@ -1027,7 +1034,7 @@ final class Database implements AutoCloseable {
             if (connection == null) Batcher.mayWait();
             try {
                 returnsSeen = health.returns();
-                if (connection == null) connection = open();
+                if (connection == null) open();
                 return work.with(connection);
             } catch (SQLException e) {
                 // 42: a table or a column is missing. A new connection makes sure of the schema.
@@ -1038,13 +1045,16 @@ final class Database implements AutoCloseable {
         }
     }
 
-    private Connection open() throws SQLException {
+    private void open() throws SQLException {
         Connection opened = source.getConnection();
+        connection = opened; // so that close() can end it while the schema is made
         try (var statement = opened.createStatement()) {
+            String encoding = opened.unwrap(PGConnection.class).getParameterStatus("server_encoding");
+            if (encoding != null && !encoding.equals("UTF8")) // it would refuse an emoji, and the whole batch with it
+                throw new SQLException("the database is encoded in " + encoding + ": it needs UTF8", "28000");
             statement.execute(SETTINGS);
             makeSureOfSchema(opened, statement);
             opened.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
-            return opened;
         } catch (SQLException e) {
             abandon(opened);
             throw e;
@@ -1094,7 +1104,8 @@ final class Database implements AutoCloseable {
         connection = null;
     }
 
-    @Override public synchronized void close() { abandon(connection); }
+    /** Also in the middle of a statement, as one that makes an index for minutes. */
+    @Override public void close() { abandon(connection); }
 }
 
 /** The messages, a batch at a time: one statement stores all that waited, one reads all that was asked for. */
@@ -1124,9 +1135,11 @@ final class Messages implements AutoCloseable {
     private static final String FOLLOWING = """
             SELECT message.id, %s, author, body, instance, tx::text, pg_snapshot_xmin(pg_current_snapshot())::text,
                    ?::text::xid8 <= pg_snapshot_xmax(pg_current_snapshot())
-            FROM (VALUES (true)) AS always
+                   AND (asked.id = 0 OR EXISTS (SELECT FROM messages WHERE id = asked.id AND tx = ?::text::xid8))
+            FROM (VALUES (?::bigint)) AS asked (id)
             LEFT JOIN LATERAL (SELECT * FROM messages
-                               WHERE (tx, id) > (?::text::xid8, ?) AND tx < pg_snapshot_xmin(pg_current_snapshot())
+                               WHERE (tx, id) > (?::text::xid8, asked.id)
+                                 AND tx < pg_snapshot_xmin(pg_current_snapshot())
                                ORDER BY tx, id LIMIT ?) AS message ON true
             ORDER BY message.tx, message.id""".formatted(MICROS); // `tx` alone is the text above: 10 before 9
     private static final String PLACE = """
@@ -1174,6 +1187,9 @@ final class Messages implements AutoCloseable {
 
     private Map<String, Saved> insert(Connection connection, TreeMap<String, Write> byKey) throws SQLException {
         try (PreparedStatement insert = connection.prepareStatement(SAVE)) {
+            // A commit that waits for a standby knows no statement_timeout, nor notices that its client has left: its
+            // session would stay for ever, until the server has none left. So the driver asks the server to go on.
+            insert.setQueryTimeout(1);
             insert.setString(1, instance);
             insert.setArray(2, texts(connection, byKey.values().stream().map(write -> write.draft().author())));
             insert.setArray(3, texts(connection, byKey.values().stream().map(write -> write.draft().body())));
@@ -1257,17 +1273,16 @@ final class Messages implements AutoCloseable {
         Cursor place = asked.after(), after = place.tx() >= 0 ? place : placeOf(connection, place);
         if (after == null) return Stretch.unknown(place);
         try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
-            select.setString(1, Long.toString(after.tx()));
-            select.setString(2, Long.toString(after.tx()));
+            for (int tx : new int[] {1, 2, 4}) select.setString(tx, Long.toString(after.tx()));
             select.setLong(3, after.id());
-            select.setInt(4, asked.most());
+            select.setInt(5, asked.most());
             try (ResultSet rows = select.executeQuery()) { return stretch(asked, after, rows); }
         }
     }
 
     /**
-     * Where this message stands, or the last one before it; null if its id was not given out yet. Of {@link Cursor#NOW}
-     * the place behind all that is settled: what is stored from now on follows it.
+     * Where this message stands, or the last one before it; null if there is none, or its id was not given out yet.
+     * Of {@link Cursor#NOW} the place behind all that is settled: what is stored from now on follows it.
      */
     private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
         boolean now = named.equals(Cursor.NOW);
@@ -1328,8 +1343,11 @@ final class RedisConnection implements AutoCloseable {
     private final Config.Redis config;
     private final Dependency health;
     private final JedisClientConfig client;
+    /** Servers close what is idle for minutes, and a count can't be tried twice: so it is opened anew before. */
+    private static final long IDLE_NANOS = 30_000_000_000L;
     private Jedis connection;
     private int returnsSeen; // of the server, when this was opened
+    private long used = System.nanoTime();
 
     RedisConnection(Config config, Dependency health) {
         this.config = config.redis();
@@ -1357,8 +1375,10 @@ final class RedisConnection implements AutoCloseable {
 
     /** The same also when Redis is known to be down: how its watcher finds out that it is back. */
     synchronized <T> T attempt(Work<T> work) {
-        if (returnsSeen != health.returns()) close(); // it leads to a server that went away
+        boolean idle = System.nanoTime() - used > IDLE_NANOS;
+        if (idle || returnsSeen != health.returns()) close(); // or it leads to a server that went away
         if (connection == null) Batcher.mayWait();
+        used = System.nanoTime();
         try {
             returnsSeen = health.returns();
             if (connection == null) connection = open();
@@ -1375,12 +1395,13 @@ final class RedisConnection implements AutoCloseable {
     /** The first Sentinel that answers says who it is now. */
     private HostAndPort primary() {
         JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500).build();
+        JedisException last = null;
         for (HostAndPort host : config.hosts())
             try (Jedis sentinel = new Jedis(host, quick)) {
                 List<String> found = sentinel.sentinelGetMasterAddrByName(config.master());
                 if (found != null) return new HostAndPort(found.get(0), Integer.parseInt(found.get(1)));
-            } catch (JedisException next) { /* ask the others */ }
-        throw new JedisConnectionException("no Sentinel knows where \"" + config.master() + "\" is");
+            } catch (JedisException next) { last = next; } // ask the others
+        throw new JedisConnectionException("no Sentinel knows where \"" + config.master() + "\" is", last);
     }
 
     /** No connection, a server that is loading, or no primary (any more). What else it refuses, it refuses for good. */
@@ -1401,6 +1422,7 @@ final class Counters implements AutoCloseable {
     /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
     private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
+    private static final String NOTHING = "visits:nothing"; // a key that is never there
     /** What wakes the others; and, with the number of the database behind it, who is here. */
     static final String EVENTS = "threefold:events", INSTANCES = "threefold:instances:";
 
@@ -1488,6 +1510,8 @@ final class Counters implements AutoCloseable {
     void beat(Presence presence, Set<String> known) {
         forBeats.attempt(redis -> {
             redis.publish(INSTANCES + config.db(), presence.json());
+            // To write, if nothing: a server that is no primary any more would publish as before.
+            redis.del(NOTHING);
             if (beats++ % BEATS_A_FOLD == 0) tidy(redis, known);
             return null;
         });
@@ -1893,7 +1917,7 @@ final class Events implements AutoCloseable {
                 if (sink.write(unsent) == 0) return waitForReader();
                 lastSent = System.nanoTime();
             }
-            if (!sink.flush()) return waitForReader();
+            if (begun && !sink.flush()) return waitForReader(); // before, not even the head: its place is not known yet
             hold(0);
             return true;
         }
@@ -1964,6 +1988,8 @@ final class Http implements AutoCloseable {
     private static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
     private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
     private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
+    /** What a client may ask by. Of a query nothing else is kept: a stream has its request in memory for hours. */
+    private static final Set<String> PARAMETERS = Set.of("after", "before", "limit");
     private static final AttachmentKey<String> REFUSED_BECAUSE = AttachmentKey.create(String.class);
     private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
     private static final AttachmentKey<Integer> HELD = AttachmentKey.create(Integer.class);
@@ -2003,7 +2029,7 @@ final class Http implements AutoCloseable {
     /** @throws Config.Invalid if the address or the port can't be had */
     void listen(List<Route> routes) throws Config.Invalid, IOException {
         worker = Xnio.getInstance().createWorker(OptionMap.builder().set(Options.WORKER_NAME, "http")
-                // Each I/O thread costs a wake-up a batch, so one for two cores; no handler ever blocks it.
+                // Each I/O thread costs a wake-up a batch, so one for two cores; none waits for longer than a batch.
                 .set(Options.WORKER_IO_THREADS, Math.max(1, Runtime.getRuntime().availableProcessors() / 2))
                 .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
         HttpHandler router = router(routes);
@@ -2070,6 +2096,7 @@ final class Http implements AutoCloseable {
         String id = exchange.getRequestHeaders().getFirst(X_REQUEST_ID);
         if (id == null || !SANE_ID.matcher(id).matches())
             id = Long.toHexString(ThreadLocalRandom.current().nextLong() | Long.MIN_VALUE);
+        letGoOfParameters(exchange);
         exchange.getResponseHeaders().put(X_INSTANCE_ID, config.instance());
         exchange.getResponseHeaders().put(X_REQUEST_ID, id);
         exchange.getResponseHeaders().put(X_CONTENT_TYPE_OPTIONS, "nosniff");
@@ -2084,19 +2111,32 @@ final class Http implements AutoCloseable {
         guarded(exchange, () -> router.handleRequest(exchange));
     }
 
+    /** Thousands of them take fifty times as much memory as in the URL. Of one name the last counts. */
+    private static void letGoOfParameters(HttpServerExchange exchange) {
+        exchange.getPathParameters().clear();
+        exchange.getQueryParameters().keySet().retainAll(PARAMETERS);
+        exchange.getQueryParameters().replaceAll((name, values) -> new ArrayDeque<>(List.of(values.getLast())));
+    }
+
     private void finished(HttpServerExchange exchange) {
         Integer bytes = exchange.getAttachment(HELD);
         if (bytes != null) held.add(-bytes);
         String route = Objects.requireNonNullElse(exchange.getAttachment(ROUTE), "(none)");
-        String method = exchange.getRequestMethod().toString();
+        String method = shortened(exchange.getRequestMethod().toString());
+        String path = shortened(exchange.getRequestPath());
         long nanos = System.nanoTime() - exchange.getRequestStartTime();
         metrics.request(route, method, exchange.getStatusCode(), nanos);
         if (exchange.getStatusCode() >= 400)
-            Log.warn("refused", "request", requestId(exchange), "method", method, "path", exchange.getRequestPath(),
+            Log.warn("refused", "request", requestId(exchange), "method", method, "path", path,
                     "status", exchange.getStatusCode(), "reason", exchange.getAttachment(REFUSED_BECAUSE));
         else if (callerWantsTrace(exchange))
-            Log.info("answered", "request", requestId(exchange), "method", method, "path", exchange.getRequestPath(),
+            Log.info("answered", "request", requestId(exchange), "method", method, "path", path,
                     "status", exchange.getStatusCode(), "millis", nanos / 1_000_000.0);
+    }
+
+    /** Of a client's text, as much as a line of the log needs. */
+    private static String shortened(String text) {
+        return text.length() <= 200 ? text : text.substring(0, 200) + "...";
     }
 
     /** A caller that names its request wants to find it again; other requests nginx's log tells of. */
@@ -2776,10 +2816,11 @@ final class Embedded implements AutoCloseable {
 
     /** The library makes a server that lets in everybody on this machine. */
     private void askForPassword(Path data, Config.Secret pass) throws IOException, SQLException {
-        Path hba = data.resolve("pg_hba.conf");
+        Path hba = data.resolve("pg_hba.conf"), part = data.resolve("pg_hba.conf.part");
         try (var connection = postgres.getPostgresDatabase().getConnection(); var work = connection.createStatement()) {
             work.execute("ALTER USER postgres PASSWORD '" + pass.value() + "'"); // letters, digits, - and _
-            Files.writeString(hba, HBA);
+            sync(Files.writeString(part, HBA)); // whole or not at all: without it PostgreSQL does not start
+            Files.move(part, hba, StandardCopyOption.ATOMIC_MOVE);
             work.execute("SELECT pg_reload_conf()");
         }
     }

@@ -226,9 +226,16 @@ class ConfigurationTest {
     }
 
     @Nested class Stores_elsewhere {
-        @ParameterizedTest @ValueSource(strings = {"a,,b", ",", "db:0", "db:65536", "db:x", "[::1", "a b", "http://db"})
+        @ParameterizedTest @ValueSource(strings = {"a,,b", ",", "db:0", "db:65536", "db:x", "[::1", "a b", "http://db",
+                "db/app", "db?ssl=1", "db#1"})
         void with_no_address_are_refused(String hosts) {
             for (String name : List.of("DB_HOST", "REDIS_SENTINELS")) assertSays(refusal(name, hosts), name, hosts);
+        }
+
+        @Test void with_a_name_or_a_password_in_the_address_are_refused_without_telling_it() {
+            String refusal = refusal("DB_HOST", "me:secret@db");
+            assertSays(refusal, "DB_HOST", "***@db");
+            assertFalse(refusal.contains("secret"), refusal);
         }
 
         @Test void may_be_several() throws Exception {

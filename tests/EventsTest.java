@@ -21,9 +21,12 @@ import java.util.Map;
 import java.util.Set;
 import java.util.TreeSet;
 import java.util.concurrent.Callable;
+import java.util.stream.Collectors;
+import java.util.stream.IntStream;
 
 import static java.nio.charset.StandardCharsets.UTF_8;
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Live events: what happens on one instance is seen on all, and what was missed is brought later. */
@@ -119,6 +122,25 @@ class EventsTest {
                 assertEquals(List.of("no"), headers.get("x-accel-buffering"));
                 assertEquals(List.of("web1"), headers.get("x-instance-id"));
                 assertTrue(headers.get("cache-control").getFirst().contains("no-"), "" + headers);
+            }
+        }
+
+        /** Whoever sees the stream begin may rely on it: what is stored from then on is told. */
+        @Test void sees_it_begin_when_its_place_is_known() throws Exception {
+            try (Cable cable = new Cable(Servers.databasePort())) {
+                Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
+                environment.put("DB_PORT", "" + cable.port());
+                try (Instance board = new Instance("begin", environment)) {
+                    board.awaitReady();
+                    cable.hang();
+                    var stream = Caller.CLIENT.sendAsync(HttpRequest.newBuilder(board.uri("/api/events")).build(),
+                            HttpResponse.BodyHandlers.ofInputStream());
+                    Thread.sleep(300);
+                    boolean early = stream.isDone();
+                    cable.mend();
+                    stream.get().body().close();
+                    assertFalse(early, "it began before PostgreSQL had said where");
+                }
             }
         }
 
@@ -315,7 +337,8 @@ class EventsTest {
             }
         }
 
-        @ParameterizedTest @ValueSource(strings = {"999999999999-1", "abc", "-1", "1-2-3"})
+        @ParameterizedTest @ValueSource(strings = {"999999999999-1", "5-1", "abc", "-1",
+                "1-2-3"})
         void from_a_place_that_is_not_known_here_is_told_that_there_is_a_gap(String place) throws Exception {
             try (Instance board = new Instance("gap", Servers.environment(Servers.newDatabase()))) {
                 store(board, 3);
@@ -436,6 +459,33 @@ class EventsTest {
                     return read > 3_500 && read < 35_000;
                 });
             }
+        }
+
+        /** Each of them costs fifty times as much memory as in the URL, for as long as the stream is open. */
+        @Test void costs_no_more_with_thousands_of_parameters() throws Exception {
+            String many = IntStream.range(0, 2_000).mapToObj(n -> "&" + Integer.toString(1_296 + n, 36))
+                    .collect(Collectors.joining());
+            List<Wire> open = new ArrayList<>();
+            try {
+                long before = heapInUse();
+                for (int i = 0; i < 150; i++) {
+                    open.add(Servers.one().wire());
+                    open.getLast().send("GET /api/events?after=0" + many + " HTTP/1.1\r\nHost: a\r\n\r\n");
+                }
+                Wait.until("all view", () -> Servers.one().metric("event_viewers") >= 150);
+                long each = (heapInUse() - before) / 150;
+                assertTrue(each < 60_000, "expected less than 60 KB for each, saw " + each + " bytes");
+            } finally {
+                for (Wire wire : open) wire.close();
+            }
+        }
+
+        private static long heapInUse() throws InterruptedException {
+            for (int i = 0; i < 3; i++) {
+                System.gc();
+                Thread.sleep(100);
+            }
+            return Runtime.getRuntime().totalMemory() - Runtime.getRuntime().freeMemory();
         }
 
         @Test void is_not_one_of_thousands() throws Exception {

@@ -19,6 +19,7 @@ import java.util.TreeSet;
 import java.util.concurrent.Callable;
 import java.util.function.Supplier;
 import java.util.stream.Collectors;
+import java.util.stream.IntStream;
 import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
@@ -281,6 +282,18 @@ class HttpTest {
                     .metric("http_requests_total{method=\"GET\",route=\"/healthz\",status=\"200\"}"));
         }
 
+        /** They are written by a thread of their own, but what follows on the connection is the I/O thread's again. */
+        @Test void metrics_and_what_is_asked_right_behind_them() throws Exception {
+            try (Wire wire = Servers.one().wire()) {
+                for (int i = 0; i < 20; i++) {
+                    wire.send(request("GET", "/metrics") + request("GET", "/api/messages?limit=1"));
+                    wire.read().expect(200);
+                    wire.read().expect(200);
+                }
+            }
+            assertTrue(Evidence.all().stream().noneMatch(line -> line.contains("unexpected")));
+        }
+
         @Test void metrics_do_not_say_through_a_proxy() {
             Servers.one().get("/metrics", "X-Forwarded-For", "203.0.113.9").problem(404);
         }
@@ -537,6 +550,18 @@ class HttpTest {
 
         @Test void with_many_parameters_is_answered() throws Exception {
             Servers.one().raw(request("GET", "/api/messages?limit=1" + "&x=1".repeat(2_000))).expect(200);
+            String many = IntStream.range(0, 2_000).mapToObj(n -> "&x" + n).collect(Collectors.joining());
+            Servers.one().raw(request("GET", "/api/messages;a;b?limit=7&limit=1" + many)).expect(200);
+            assertEquals(1, Servers.one().raw(request("GET", "/api/messages?limit=7&limit=1" + many)).expect(200).json()
+                    .getAsJsonArray("messages").size(), "the last of a name counts");
+        }
+
+        @Test void with_a_very_long_path_takes_little_of_the_log_and_of_the_answer() throws Exception {
+            Answer answer = Servers.one().raw(request("GET", "/api/messages/" + "%01".repeat(2_500))).problem(404);
+            assertTrue(answer.body().length() < 500, answer.body());
+            Wait.until("it is in the log", () -> Evidence.all().stream()
+                    .anyMatch(line -> line.contains("\"path\":\"/api/messages/\\u0001")));
+            assertTrue(Evidence.all().stream().allMatch(line -> line.length() < 2_000), "a line each of reason");
         }
 
         @Test void with_300_headers_is_answered() throws Exception {

@@ -15,6 +15,8 @@ import java.net.Socket;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.security.KeyStore;
+import java.sql.Connection;
+import java.sql.DriverManager;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.HashMap;
@@ -75,6 +77,59 @@ class StoresTest {
                 Wait.until("it writes on a new connection", Wait.PROMISED, () -> board.say("a", "after")
                         .status() == 201);
             }
+        }
+
+        @Test void that_waits_for_a_standby_keeps_no_session_for_each_try() throws Exception {
+            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("standby")
+                    .toString(), "REDIS_HOST", "none"));
+            try {
+                Config.Postgres to = own.start().postgres();
+                Map<String, String> environment = new HashMap<>(Servers.environment("postgres"));
+                environment.put("DB_PORT", "" + to.hosts().getFirst().getPort());
+                environment.put("DB_PASS", to.pass().value());
+                try (Instance board = new Instance("standby", environment);
+                     Connection look = DriverManager.getConnection("jdbc:postgresql://127.0.0.1:"
+                             + environment.get("DB_PORT") + "/postgres", "postgres", to.pass().value())) {
+                    board.say("a", "alone").expect(201);
+                    look.createStatement().execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
+                    look.createStatement().execute("SELECT pg_reload_conf()");
+                    Wait.until("it waits for one", () -> board.say("a", "not safe").status() == 503);
+                    for (int i = 0; i < 4; i++) {
+                        board.say("a", "not safe either " + i).unavailable();
+                        board.get("/api/messages").expect(200);
+                    }
+                    var row = look.createStatement().executeQuery(
+                            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'");
+                    row.next();
+                    assertTrue(row.getInt(1) <= 1, "expected no session that waits on, saw " + row.getInt(1));
+                    look.createStatement().execute("ALTER SYSTEM RESET synchronous_standby_names");
+                    look.createStatement().execute("SELECT pg_reload_conf()");
+                    Wait.until("it stores again", Wait.PROMISED, () -> board.say("a", "safe").status() == 201);
+                }
+            } finally { own.close(); }
+        }
+
+        @Test void of_another_encoding_is_not_used() {
+            Servers.sql("postgres", "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'");
+            try (Instance board = new Instance("latin", Servers.environment("latin"))) {
+                board.say("a", "no place for an emoji").unavailable();
+                Wait.until("it says why", () -> Evidence.all().stream()
+                        .anyMatch(line -> line.contains("LATIN1") && line.contains("needs UTF8")));
+            }
+        }
+
+        @Test void in_the_middle_of_a_long_statement_is_left_at_once() throws Exception {
+            Config config = Config.from(Servers.environment(Servers.newDatabase()));
+            Database database = new Database(config, new Dependency("postgres"));
+            var statement = Wait.meanwhile(() -> database.attempt(connection -> {
+                connection.setNetworkTimeout(Runnable::run, 60_000);
+                return connection.createStatement().execute("SET statement_timeout = 0; SELECT pg_sleep(20)");
+            }));
+            Thread.sleep(500);
+            long began = System.nanoTime();
+            database.close();
+            assertThrows(Exception.class, statement::get);
+            assertTrue(System.nanoTime() - began < 5_000_000_000L, "it waited for the statement");
         }
 
         @Test void that_refuses_the_password_is_not_asked_ten_times_a_second() throws Exception {
@@ -333,9 +388,9 @@ class StoresTest {
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                     Wait.until("it is", Duration.ofSeconds(1),
                             () -> board.get("/readyz").text("status").equals("degraded"));
-                    for (int i = 0; i < 20; i++) {
+                    for (int i = 0; i < 40; i++) { // longer than several looks of its watcher
                         assertEquals("degraded", board.get("/readyz").expect(200).text("status"), "and stays so");
-                        Thread.sleep(20);
+                        Thread.sleep(50);
                     }
                     jedis.replicaofNoOne();
                     Wait.until("it counts again", Wait.PROMISED, () -> !board.get("/").json().get("visits")
