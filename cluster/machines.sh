@@ -10,6 +10,7 @@ SUBNET=198.18.88                    # of the range for tests of networks, so tha
 RUN_DIR=/run/threefold-cluster      # sockets, process ids, logs
 DATA_DIR=/var/lib/threefold-cluster # what a machine has on its disk
 PORT=${PORT:-9999}
+export SETTINGS=none                # cluster/.env is for real machines
 
 say() { printf '%s\n' "$*"; }
 
