@@ -3,6 +3,7 @@
 # Source it from the top-level folder's scripts; it goes there, stops on errors, and cleans up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/env.sh
 
 URL=${URL:-http://localhost:${PORT:-9999}}
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
