@@ -138,7 +138,7 @@ check_nginx_errors() {
 check_no_stores() {
   local said code=0
   said=$(docker run --rm "$(docker inspect --format '{{.Image}}' "$(docker compose ps -q web1)")" 2>&1) || code=$?
-  [ $code = 2 ] && [ "$(wc -l <<<"$said")" = 1 ] && [[ $said == *DB_HOST*REDIS_HOST* ]] ||
+  [ $code = 2 ] && [ "$(wc -l <<<"$said")" -eq 1 ] && [[ $said == *DB_HOST*REDIS_HOST* ]] ||
     { say "expected one line that names DB_HOST and REDIS_HOST, and exit code 2; saw $code:"; say "$said"; return 1; }
   summary="exit code 2: $said"
 }

@@ -151,6 +151,6 @@ huge() {
     for n in 1 2 3 4 5 6 7 8; do one "$@" & done
     wait' -- "$@" 2>"$WORK/out") || true
   cut -d' ' -f2 <<<"$said" >>"$WORK/huge"
-  [ "$(awk '$1 == 413 && $2 < 2000' <<<"$said" | wc -l)" = 8 ] ||
+  [ "$(awk '$1 == 413 && $2 < 2000' <<<"$said" | wc -l)" -eq 8 ] ||
     { say "$1, $2: expected 413 within 2,000 ms for eight, saw:"; say "$said"; tail -n 3 "$WORK/out"; return 1; }
 }
