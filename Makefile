@@ -4,10 +4,6 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-PORT ?= 9999
-export PORT
-URL := http://localhost:$(PORT)
-
 # Said when a target fails for want of something; `make doctor` finds out what.
 hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be missing." >&2; exit $$code; }
 
@@ -31,7 +27,7 @@ up: ## builds, starts, waits until all is healthy, prints the address
 	    echo "$$image could not be pulled: \`make offline-images\` builds stand-ins for it and the others" >&2; \
 	    exit 1; \
 	  done; false; } || $(hint)
-	@echo "Threefold answers at $(URL)"
+	@. scripts/lib.sh && say "Threefold answers at $$URL"
 
 .PHONY: build
 build: ## builds the image
@@ -74,11 +70,11 @@ down: ## stops it; the data stay
 	@$(all_of_it) down --remove-orphans
 
 .PHONY: clean
-clean: ## stops it and removes data and images, after asking
+clean: ## stops it and removes data and the image, after asking
 	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; \
 	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
 	@$(all_of_it) down --remove-orphans --volumes
-	@docker image rm --force threefold-web >/dev/null
+	@. scripts/env.sh && docker image rm --force "$${WEB_IMAGE:-threefold-web}" >/dev/null
 
 ##@ Proof
 
@@ -161,7 +157,7 @@ run: ## one instance on this machine, no Docker: jbang Service.java
 
 .PHONY: psql
 psql: ## a prompt at the database
-	@docker compose exec $(no_tty) postgres psql -U postgres -d "$${DB_NAME:-app}"
+	@docker compose exec $(no_tty) postgres sh -c 'exec psql -U postgres -d "$$POSTGRES_DB"'
 
 .PHONY: redis-cli
 redis-cli: ## a prompt at Redis

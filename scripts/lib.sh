@@ -3,6 +3,7 @@
 # Source it from the top-level folder's scripts; it goes there, stops on errors, and cleans up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/env.sh
 
 URL=${URL:-http://localhost:${PORT:-9999}}
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
@@ -10,6 +11,13 @@ WORK=$(mktemp -d)
 # shellcheck disable=SC2034  # the scripts use it
 RUN="$(basename "$0")-$$-$RANDOM"          # names this run's requests in every log
 failures=0
+
+# What is typed first runs on the bash 3.2 of macOS too; a script that can't says so by this.
+need_bash_4() {
+  [ "${BASH_VERSINFO[0]}" -lt 4 ] || return 0
+  say "This needs bash 4 or newer (here: $BASH_VERSION): brew install bash"
+  exit 1
+}
 
 say()  { printf '%s\n' "$*"; }
 pass() { printf '  ok    %s\n' "$*"; }
@@ -35,18 +43,19 @@ trap 'rm -rf "$WORK"' EXIT
 instances() {
   local service='{{index .Config.Labels "com.docker.compose.service"}}'
   local address='{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'
-  docker compose ps -q web1 web2 web3 web-more | xargs -r docker inspect --format "$service $address"
+  local ids
+  ids=$(docker compose ps -q web1 web2 web3 web-more)
+  [ -z "$ids" ] || xargs docker inspect --format "$service $address" <<<"$ids" # (macOS' xargs may have no -r)
 }
 
 # wait_ready [SECONDS]: until every container of the stack that is there is healthy, asked four times a second
 wait_ready() {
-  local ids state deadline=$((SECONDS + ${1:-60}))
+  local state deadline=$((SECONDS + ${1:-60}))
   while :; do
-    mapfile -t ids < <(docker compose ps -aq)
     # (What has no health check is well when it runs.)
-    state=$(docker inspect --format '{{.Name}} {{with .State.Health}}{{.Status}}{{else}}{{if .State.Running}}healthy{{
-      else}}stopped{{end}}{{end}}' "${ids[@]}" 2>/dev/null) || state="starting"
-    [ ${#ids[@]} -gt 0 ] && ! grep -qv ' healthy$' <<<"$state" && return 0
+    state=$(docker compose ps -aq | xargs docker inspect --format '{{.Name}} {{with .State.Health}}{{.Status}}{{else}}{{
+      if .State.Running}}healthy{{else}}stopped{{end}}{{end}}' 2>/dev/null) || state="starting"
+    [ -n "$state" ] && ! grep -qv ' healthy$' <<<"$state" && return 0
     if [ $SECONDS -ge $deadline ]; then
       say "not healthy after ${1:-60} s:"; grep -v ' healthy$' <<<"$state"; return 1
     fi

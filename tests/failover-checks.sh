@@ -2,14 +2,15 @@
 # --- Cases without the usual load -------------------------------------------------------------------------------------
 
 check_durable_settings() {
-  local name saw bad=0 syncs messages=20
-  while read -r name saw; do
-    [ "$saw" = on ] || { say "PostgreSQL, as the service's user: expected $name on, saw $saw"; bad=1; }
-  done < <(as_service "SELECT name, setting FROM pg_settings
+  local expected saw bad=0 syncs messages=20
+  expected="fsync on, full_page_writes on, synchronous_commit on"
+  saw=$(as_service "SELECT string_agg(name || ' ' || setting, ', ' ORDER BY name) FROM pg_settings
     WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes')")
-  while read -r name saw; do
-    case "$name $saw" in "appendonly yes" | "appendfsync always") ;; *) say "Redis: saw $name $saw"; bad=1 ;; esac
-  done < <(docker compose exec -T redis redis-cli --raw config get 'append[fo][sn][yl][ny]*' | paste -d ' ' - -)
+  [ "$saw" = "$expected" ] || { say "PostgreSQL, as the service's user: expected $expected, saw $saw"; bad=1; }
+  expected="appendonly yes appendfsync always"
+  saw=$(for name in appendonly appendfsync; do docker compose exec -T redis redis-cli --raw config get $name; done |
+    paste -sd' ' -)
+  [ "$saw" = "$expected" ] || { say "Redis: expected $expected, saw $saw"; bad=1; }
   syncs=$(syncs_of_instances $messages)
   # Not quite as many: now and then the log's own writer happens to be first.
   [ "$syncs" -ge $((messages * 9 / 10)) ] ||
@@ -137,7 +138,7 @@ check_nginx_errors() {
 check_no_stores() {
   local said code=0
   said=$(docker run --rm "$(docker inspect --format '{{.Image}}' "$(docker compose ps -q web1)")" 2>&1) || code=$?
-  [ $code = 2 ] && [ "$(wc -l <<<"$said")" = 1 ] && [[ $said == *DB_HOST*REDIS_HOST* ]] ||
+  [ $code = 2 ] && [ "$(wc -l <<<"$said")" -eq 1 ] && [[ $said == *DB_HOST*REDIS_HOST* ]] ||
     { say "expected one line that names DB_HOST and REDIS_HOST, and exit code 2; saw $code:"; say "$said"; return 1; }
   summary="exit code 2: $said"
 }
@@ -154,10 +155,11 @@ check_other_version() {
 
 # exchange: sends standard input to nginx as it is, and prints what comes back
 exchange() {
-  local address=${URL#http://}
+  local address=${URL#http://} line said=''
   exec 7<>"/dev/tcp/${address%%:*}/${address##*:}"
   cat >&7
-  timeout 5 cat <&7 || true
+  while IFS= read -r -t 5 -u 7 line || [ -n "$line" ]; do said+=$line$'\n'; done # (macOS has no `timeout`)
+  say "$said"
   exec 7>&-
 }
 

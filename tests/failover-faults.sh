@@ -149,10 +149,11 @@ nginx_descriptors() {
   printf 'nginx %s\n' "$(docker compose exec -T nginx sh -c 'ls /proc/[0-9]*/fd 2>/dev/null | grep -c "^[0-9]"')"
 }
 
-# within WHAT MORE BEFORE AFTER: lines "name number"; none has grown by more than MORE
+# within WHAT MORE BEFORE AFTER: lines "name number"; none is missing, and none has grown by more than MORE
 within() {
   local grown
-  grown=$(join <(sort <<<"$3") <(sort <<<"$4") |
-    awk -v more="$2" '$3 > $2 + more { printf "%s from %s to %s ", $1, $2, $3 }')
+  grown=$(join -a 1 -a 2 <(sort <<<"$3") <(sort <<<"$4") |
+    awk -v more="$2" 'NF < 3 { printf "%s without a number before or after ", $1 }
+      NF > 2 && $3 > $2 + more { printf "%s from %s to %s ", $1, $2, $3 }')
   [ -z "$grown" ] || { say "$1: expected at most $2 more, saw $grown"; return 1; }
 }

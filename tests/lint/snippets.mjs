@@ -15,13 +15,15 @@ function* ofDockerfile(text) {
   }
 }
 
-/** Health checks, entry points with a script in them, and scripts in the environment; Compose writes $$ for $. */
+/** Health checks, entry points and commands that are scripts, scripts in the environment; Compose writes $$ for $. */
 function* ofCompose(text) {
   for (const service of Object.values(parse(text, { merge: true }).services)) {
     const environment = Object.values(service.environment ?? {}).filter(value => /\n/.test(value));
-    const [shell, option, script] = service.entrypoint ?? [];
+    const inline = [service.entrypoint ?? [], service.command ?? []]
+      .filter(([shell, option]) => /(^|\/)(ba)?sh$/.test(shell) && /c$/.test(option))
+      .map(([shell, , script]) => [shell.split('/').pop(), script]);
     for (const found of [service.healthcheck?.test?.[0] === 'CMD-SHELL' ? ['sh', service.healthcheck.test[1]] : null,
-      /sh$/.test(shell) && /c$/.test(option) ? ['bash', script] : null, ...environment.map(value => ['sh', value])])
+      ...inline, ...environment.map(value => ['sh', value])])
       if (found) yield [found[0], found[1].replaceAll('$$', '$')];
   }
 }
