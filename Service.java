@@ -983,13 +983,24 @@ final class Database implements AutoCloseable {
             // when a hundred connections are taken it lets nobody in.
             + "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_user_timeout = 11000";
 
+    /**
+     * A commit that waits for a standby has no time limit, and does not notice that its client has left. (To cancel it
+     * would show a row that no standby has.) One more for each try, and soon the server would let in nobody.
+     */
+    private static final String A_COMMIT_WAITS = """
+            SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'
+                           AND usename = current_user AND application_name = current_setting('application_name'))""";
+
     private final PGSimpleDataSource source = new PGSimpleDataSource();
     private final Dependency health;
+    private final boolean writes;
     private volatile Connection connection;
     private int returnsSeen; // of the server, when this was opened
 
-    Database(Config config, Dependency health) {
+    /** @param writes whether it is for writes: there is no new connection while a commit of an older one waits */
+    Database(Config config, Dependency health, boolean writes) {
         this.health = health;
+        this.writes = writes;
         Config.Postgres to = config.postgres();
         source.setServerNames(to.hosts().stream().map(HostAndPort::getHost).toArray(String[]::new));
         source.setPortNumbers(to.hosts().stream().mapToInt(HostAndPort::getPort).toArray());
@@ -999,7 +1010,6 @@ final class Database implements AutoCloseable {
         source.setApplicationName("threefold " + config.instance());
         source.setConnectTimeout(1);     // seconds, for each host; the driver waits for ever by default
         source.setSocketTimeout(1);      // the same, while it logs in; then SOCKET_MILLIS
-        source.setCancelSignalTimeout(1); // see Messages.insert
         source.setPrepareThreshold(1);   // the same few statements for ever: parse each once
         if (to.sslMode() != null) source.setSslMode(to.sslMode());
         if (to.sslRootCert() != null) source.setSslRootCert(to.sslRootCert());
@@ -1053,6 +1063,8 @@ final class Database implements AutoCloseable {
             if (encoding != null && !encoding.equals("UTF8")) // it would refuse an emoji, and the whole batch with it
                 throw new SQLException("the database is encoded in " + encoding + ": it needs UTF8", "28000");
             statement.execute(SETTINGS);
+            if (writes && isTrue(statement, A_COMMIT_WAITS))
+                throw new SQLException("a commit still waits for a standby", "55000");
             makeSureOfSchema(opened, statement);
             opened.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
         } catch (SQLException e) {
@@ -1155,10 +1167,10 @@ final class Messages implements AutoCloseable {
 
     Messages(Config config, Dependency health) {
         this.instance = config.instance();
-        this.forWrites = new Database(config, health);
-        this.forReads = new Database(config, health);
-        this.forPings = new Database(config, health);
-        this.forEvents = new Database(config, health);
+        this.forWrites = new Database(config, health, true);
+        this.forReads = new Database(config, health, false);
+        this.forPings = new Database(config, health, false);
+        this.forEvents = new Database(config, health, false);
     }
 
     void ping() throws SQLException {
@@ -1187,9 +1199,6 @@ final class Messages implements AutoCloseable {
 
     private Map<String, Saved> insert(Connection connection, TreeMap<String, Write> byKey) throws SQLException {
         try (PreparedStatement insert = connection.prepareStatement(SAVE)) {
-            // A commit that waits for a standby knows no statement_timeout, nor notices that its client has left: its
-            // session would stay for ever, until the server has none left. So the driver asks the server to go on.
-            insert.setQueryTimeout(1);
             insert.setString(1, instance);
             insert.setArray(2, texts(connection, byKey.values().stream().map(write -> write.draft().author())));
             insert.setArray(3, texts(connection, byKey.values().stream().map(write -> write.draft().body())));

@@ -120,7 +120,7 @@ class StoresTest {
 
         @Test void in_the_middle_of_a_long_statement_is_left_at_once() throws Exception {
             Config config = Config.from(Servers.environment(Servers.newDatabase()));
-            Database database = new Database(config, new Dependency("postgres"));
+            Database database = new Database(config, new Dependency("postgres"), false);
             var statement = Wait.meanwhile(() -> database.attempt(connection -> {
                 connection.setNetworkTimeout(Runnable::run, 60_000);
                 return connection.createStatement().execute("SET statement_timeout = 0; SELECT pg_sleep(20)");
