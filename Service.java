@@ -1145,14 +1145,15 @@ final class Messages implements AutoCloseable {
             ORDER BY asked.n, message.id DESC""".formatted(MICROS);
     /** What follows a place, below the oldest transaction that is still open: nothing can come in between any more. */
     private static final String FOLLOWING = """
-            SELECT message.id, %s, author, body, instance, tx::text, pg_snapshot_xmin(pg_current_snapshot())::text,
-                   ?::text::xid8 <= pg_snapshot_xmax(pg_current_snapshot())
-                   AND (asked.id = 0 OR EXISTS (SELECT FROM messages WHERE id = asked.id AND tx = ?::text::xid8))
-            FROM (VALUES (?::bigint)) AS asked (id)
+            SELECT message.id, %s, author, body, instance, message.tx::text,
+                   pg_snapshot_xmin(pg_current_snapshot())::text,
+                   asked.tx <= pg_snapshot_xmax(pg_current_snapshot()) AND (asked.id = 0
+                       OR EXISTS (SELECT FROM messages WHERE id = asked.id AND messages.tx = asked.tx))
+            FROM (VALUES (?::text::xid8, ?::bigint)) AS asked (tx, id)
             LEFT JOIN LATERAL (SELECT * FROM messages
-                               WHERE (tx, id) > (?::text::xid8, asked.id)
-                                 AND tx < pg_snapshot_xmin(pg_current_snapshot())
-                               ORDER BY tx, id LIMIT ?) AS message ON true
+                               WHERE (messages.tx, messages.id) > (asked.tx, asked.id)
+                                 AND messages.tx < pg_snapshot_xmin(pg_current_snapshot())
+                               ORDER BY messages.tx, messages.id LIMIT ?) AS message ON true
             ORDER BY message.tx, message.id""".formatted(MICROS); // `tx` alone is the text above: 10 before 9
     private static final String PLACE = """
             SELECT tx::text, id, EXISTS (SELECT FROM messages WHERE id >= ?)
@@ -1282,9 +1283,9 @@ final class Messages implements AutoCloseable {
         Cursor place = asked.after(), after = place.tx() >= 0 ? place : placeOf(connection, place);
         if (after == null) return Stretch.unknown(place);
         try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
-            for (int tx : new int[] {1, 2, 4}) select.setString(tx, Long.toString(after.tx()));
-            select.setLong(3, after.id());
-            select.setInt(5, asked.most());
+            select.setString(1, Long.toString(after.tx()));
+            select.setLong(2, after.id());
+            select.setInt(3, asked.most());
             try (ResultSet rows = select.executeQuery()) { return stretch(asked, after, rows); }
         }
     }
@@ -1349,11 +1350,12 @@ final class Messages implements AutoCloseable {
 final class RedisConnection implements AutoCloseable {
     interface Work<T> { T with(Jedis redis); }
 
+    /** Servers close what is idle for minutes, and a count can't be tried twice: so it is opened anew before. */
+    private static final long IDLE_NANOS = 30_000_000_000L;
+
     private final Config.Redis config;
     private final Dependency health;
     private final JedisClientConfig client;
-    /** Servers close what is idle for minutes, and a count can't be tried twice: so it is opened anew before. */
-    private static final long IDLE_NANOS = 30_000_000_000L;
     private Jedis connection;
     private int returnsSeen; // of the server, when this was opened
     private long used = System.nanoTime();
@@ -2123,6 +2125,7 @@ final class Http implements AutoCloseable {
     /** Thousands of them take fifty times as much memory as in the URL. Of one name the last counts. */
     private static void letGoOfParameters(HttpServerExchange exchange) {
         exchange.getPathParameters().clear();
+        if (exchange.getQueryString().isEmpty()) return;
         exchange.getQueryParameters().keySet().retainAll(PARAMETERS);
         exchange.getQueryParameters().replaceAll((name, values) -> new ArrayDeque<>(List.of(values.getLast())));
     }

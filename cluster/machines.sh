@@ -110,6 +110,13 @@ manager() {
 serves() { curl -fsS -m 3 -o /dev/null "http://$(address "$1"):$PORT/readyz" 2>/dev/null; }
 all_serve() { local n; for n in $MACHINES; do serves "$n" || return 1; done; }
 
+# join_swarm N MANAGER: machine N becomes a manager of that one's Swarm, and one of those that hold the data
+join_swarm() {
+  on "$1" swarm join --advertise-addr "$(address "$1")" --token "$(on "$2" swarm join-token --quiet manager)" \
+    "$(address "$2"):2377" >/dev/null && holds_data "$1" "$2"
+}
+holds_data() { on "$2" node update --label-add threefold=store "$(machine "$1")" >/dev/null; }
+
 # tasks: what the Swarm has of it, a line each: service, machine, state
 tasks() {
   on "$(manager)" stack ps threefold --filter desired-state=running \

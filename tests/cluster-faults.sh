@@ -102,9 +102,7 @@ do_replaced() {
   mapfile -t images < <(on "$m" service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' \
     $(on "$m" service ls --quiet) | sort -u)
   on "$m" save "${images[@]}" | on "$victim" load --quiet >/dev/null || return 1
-  on "$victim" swarm join --advertise-addr "$(address "$victim")" \
-    --token "$(on "$m" swarm join-token --quiet manager)" "$(address "$m"):2377" >/dev/null &&
-    on "$m" node update --label-add threefold=store "$(machine "$victim")" >/dev/null || return 1
+  join_swarm "$victim" "$m" || return 1
   wait_for 90 within "$victim" etcd etcdctl endpoint health >/dev/null 2>&1 ||
     { say "etcd did not take it:"; on "$victim" ps -a; return 1; }
 }
