@@ -125,7 +125,7 @@ tasks() {
 
 # --- What is asked of the machines -----------------------------------------------------------------------------------
 
-container() { on "$1" ps --quiet --filter "name=threefold_$2" | head -n 1; }
+container() { on "$1" ps --quiet --filter "name=threefold_$2" | sed -n 1p; }
 within()    { local n=$1 service=$2; shift 2; on "$n" exec "$(container "$n" "$service")" "$@"; }
 patroni()   { curl -fsS -m 2 -o /dev/null "http://$(address "$1"):8008/$2" 2>/dev/null; }
 # shellcheck disable=SC2016 # expanded in the container
@@ -141,7 +141,7 @@ postgres_primary() {
 }
 redis_primary() {
   local n
-  for n in $MACHINES; do if redis "$n" role 2>/dev/null | grep -qx master; then say "$n"; return; fi; done
+  for n in $MACHINES; do if redis "$n" role 2>/dev/null | grep -x master >/dev/null; then say "$n"; return; fi; done
   return 1
 }
 swarm_leader() {
@@ -154,13 +154,13 @@ others()           { local n; for n in $MACHINES; do [ "$n" = "$1" ] || printf '
 whole() {
   local n p
   for n in $MACHINES; do serves "$n" && patroni "$n" readiness || return 1; done
-  p=$(redis_primary) && redis "$p" info replication | tr -d '\r' | grep -qx connected_slaves:2 || return 1
-  within "$p" sentinel redis-cli -p 26379 sentinel ckquorum threefold 2>/dev/null | grep -q '^OK 3' || return 1
+  p=$(redis_primary) && redis "$p" info replication | tr -d '\r' | grep -x connected_slaves:2 >/dev/null || return 1
+  within "$p" sentinel redis-cli -p 26379 sentinel ckquorum threefold 2>/dev/null | grep '^OK 3' >/dev/null || return 1
   p=$(postgres_primary) && within "$p" postgres psql -qAtX \
-    -c "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum'" | grep -qx 2 || return 1
+    -c "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum'" | grep -x 2 >/dev/null || return 1
   p=$(manager) && on "$p" node ls --format '{{.Status}} {{.Availability}} {{.ManagerStatus}}' |
-    grep -c '^Ready Active \(Leader\|Reachable\)$' | grep -qx 3 || return 1
-  on "$p" service ls --format '{{.Replicas}}' | grep -c '^3/3' | grep -qx 6
+    grep -c '^Ready Active \(Leader\|Reachable\)$' | grep -x 3 >/dev/null || return 1
+  on "$p" service ls --format '{{.Replicas}}' | grep -c '^3/3' | grep -x 6 >/dev/null
 }
 
 # gather N: both primaries on this machine

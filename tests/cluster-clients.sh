@@ -28,7 +28,7 @@ ask() {
   say "the clients ended: $(tail -n 3 "$WORK/clients")" >&5
   exit 1
 }
-value() { grep -oE "(^| )$1=[^ ]*" <<<"$answer" | head -n 1 | cut -d= -f2; }
+value() { grep -oE "(^| )$1=[^ ]*" <<<"$answer" | sed -n 1p | cut -d= -f2; }
 via() { local n list=(); for n in "$@"; do list+=("$(address "$n")"); done; (IFS=,; say "${list[*]}"); }
 
 # A way from the clients to that machine that does not lead over the network of the machines.

@@ -23,7 +23,7 @@ do_update_web() {
 }
 runs_as() {
   on "$(manager)" service ps --filter desired-state=running --format '{{.Image}} {{.CurrentState}}' threefold_web |
-    grep -c "^$1 Running" | grep -qx 3
+    grep -c "^$1 Running" | grep -x 3 >/dev/null
 }
 
 do_update_nginx()    { update nginx; }
@@ -41,7 +41,7 @@ do_broken_image() {
   return 1
 }
 rolled_back() {
-  on "$1" service inspect --format '{{.UpdateStatus.State}}' threefold_web | grep -qx rollback_completed
+  on "$1" service inspect --format '{{.UpdateStatus.State}}' threefold_web | grep -x rollback_completed >/dev/null
 }
 
 do_drain() {
@@ -106,4 +106,4 @@ do_replaced() {
   wait_for 90 within "$victim" etcd etcdctl endpoint health >/dev/null 2>&1 ||
     { say "etcd did not take it:"; on "$victim" ps -a; return 1; }
 }
-is_missed() { on "$1" node ls --format '{{.Hostname}} {{.Status}}' | grep -qx "$(machine "$victim") Down"; }
+is_missed() { on "$1" node ls --format '{{.Hostname}} {{.Status}}' | grep -x "$(machine "$victim") Down" >/dev/null; }

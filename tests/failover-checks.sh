@@ -55,7 +55,7 @@ check_deaf_listeners() {
     done
     kill -STOP $deaf
     head -c 500000 /dev/zero | tr "\0" x >/tmp/event
-    for n in $(seq 50); do redis-cli -x publish threefold:events </tmp/event; done | head -n 1
+    for n in $(seq 50); do redis-cli -x publish threefold:events </tmp/event; done | sed -n 1p
     redis-cli incr threefold:deaf; redis-cli del threefold:deaf' 2>&1) || true
   [ "$(sed -n 1p <<<"$said")" -ge 8 ] && [ "$(sed -n 2p <<<"$said")" = 1 ] ||
     { say "expected the event to be told to five and three instances, and a 1 from Redis; saw:"; say "$said"
@@ -116,19 +116,20 @@ check_nginx_errors() {
     refused 400 "$URL/" -H "$path: a"$'\x01'b || bad=1
   done
   printf 'GET /healthz HTTP/1.1\r\nHost: a\r\nX: a\x01b\r\n%sConnection: close\r\n\r\n' \
-    "$(printf 'X%s: a\r\n' {1..900})"$'\r\n' | exchange | grep -q '"status":"ok"' ||
+    "$(printf 'X%s: a\r\n' {1..900})"$'\r\n' | exchange | grep '"status":"ok"' >/dev/null ||
     { say "headers that no instance reads are not passed over"; bad=1; }
   refused 405 -X TRACE "$URL/" || bad=1
   grep -qi '^allow: GET, HEAD, OPTIONS' "$WORK/head" || { say "Allow is not what an instance says"; bad=1; }
-  printf '\x16\x03\x01\x02 no HTTP\r\n\r\n' | exchange | grep -q '"status":400' ||
+  printf '\x16\x03\x01\x02 no HTTP\r\n\r\n' | exchange | grep '"status":400' >/dev/null ||
     { say "what is no HTTP is not refused"; bad=1; }
-  printf 'GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n' | exchange | grep -q '"status":400' ||
+  printf 'GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n' | exchange |
+    grep '"status":400' >/dev/null ||
     { say "two Hosts are not refused"; bad=1; }
-  printf 'GET /healthz HTTP/1.0\r\n\r\n' | exchange | grep -q '"status":"ok"' ||
+  printf 'GET /healthz HTTP/1.0\r\n\r\n' | exchange | grep '"status":"ok"' >/dev/null ||
     { say "HTTP/1.0 without a Host is not served"; bad=1; }
   for host in localhost: a:0 a%zz; do      # legal for nginx; an instance would close the connection
     printf 'GET /healthz HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n' "$host" | exchange |
-      grep -q '"status":"ok"' || { say "Host: $host is not served"; bad=1; }
+      grep '"status":"ok"' >/dev/null || { say "Host: $host is not served"; bad=1; }
   done
   [ $bad = 0 ] || return 1
   summary="400, 405, 413, 431; 404 for seven ways to write /metrics; HTTP/1.0 without a Host and odd Hosts are served"

@@ -6,7 +6,7 @@ facts() {
   keep fact date "$(date -u +%Y-%m-%dT%H:%M:%SZ)"
   keep fact quick "${QUICK:-0}"
   keep fact processors "$(docker info --format '{{.NCPU}}')"
-  keep fact processor "$(box load-inner sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
+  keep fact processor "$(box load-inner sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p)"
   keep fact memoryMB "$(calc "$(docker info --format '{{.MemTotal}}') / 1048576" 0)"
   keep fact system "$(docker info --format '{{.OperatingSystem}}, Linux {{.KernelVersion}}, Docker {{.ServerVersion}}')"
   keep fact java "$(box web1 sed -n 's/^JAVA_VERSION="\(.*\)"/\1/p' java/release)"

@@ -157,7 +157,7 @@ build_again() {
     { tail -n 20 "$WORK/build" >&2; return 1; }
   row 15 "image built again after one changed line" "$(calc "$(now) - $began" 1)" s "" "" "" most 30
   # What downloads is the step that asks JBang for the libraries; it has to come from the cache.
-  step=$(sed -n 's/^\(#[0-9]*\) .*jbang info classpath.*/\1/p' "$WORK/build" | head -n 1)
+  step=$(sed -n 's/^\(#[0-9]*\) .*jbang info classpath.*/\1/p' "$WORK/build" | sed -n 1p)
   grep -q "^$step CACHED" "$WORK/build" && downloads=0 || downloads=1
   row 15 "  steps of it that download" $downloads "" "" "" "" most 0
 }
