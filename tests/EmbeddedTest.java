@@ -114,6 +114,19 @@ class EmbeddedTest {
                 begun.awaitReady();
                 assertFalse(Files.exists(folder.resolve("postgres-unfinished")));
             }
+            cutPrograms(folder); // killed while they were unpacked
+            Files.createFile(folder.resolve("postgres-beginning"));
+            try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                begun.awaitReady();
+                assertFalse(Files.exists(folder.resolve("postgres-beginning")));
+            }
+        }
+
+        private static void cutPrograms(Path folder) throws Exception {
+            try (Stream<Path> files = Files.walk(folder.resolve("postgres-programs"))) {
+                for (Path file : files.filter(file -> file.endsWith("bin/postgres")).toList())
+                    Files.write(file, new byte[1_000]);
+            }
         }
 
         @Test void are_opened_to_nobody_without_the_password() throws Exception {

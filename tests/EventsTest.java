@@ -52,6 +52,7 @@ class EventsTest {
         private final List<Event> events = new ArrayList<>();
         private volatile boolean ended;
         private volatile int lines;
+        private volatile String place; // as a browser has it: what it says when it comes again
 
         Viewer(Caller instance, String query, String... headers) throws Exception {
             HttpRequest.Builder request = HttpRequest.newBuilder(instance.uri("/api/events" + query))
@@ -69,8 +70,9 @@ class EventsTest {
                     if (line.startsWith("event:")) name = line.substring(6).strip();
                     else if (line.startsWith("id:")) id = line.substring(3).strip();
                     else if (line.startsWith("data:")) data = (data == null ? "" : data + "\n") + line.substring(5);
-                    else if (line.isEmpty() && data != null) {
-                        synchronized (events) { events.add(new Event(name, id, data)); }
+                    else if (line.isEmpty()) {
+                        if (id != null) place = id;
+                        if (data != null) synchronized (events) { events.add(new Event(name, id, data)); }
                         name = "message";
                         id = null;
                         data = null;
@@ -301,6 +303,69 @@ class EventsTest {
                     assertEquals(missed.size(), viewer.ids().size(), "and nothing else");
                 }
             }
+        }
+
+        @ParameterizedTest @ValueSource(ints = {0, 3}) void before_it_was_told_anything_is_brought_it(int stored)
+                throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase());
+            try (Instance board = new Instance("idle", database)) {
+                board.awaitReady();
+                store(board, stored);
+                String place;
+                try (Viewer viewer = new Viewer(board, "")) {
+                    Wait.until("it knows its place", () -> viewer.place != null);
+                    place = viewer.place;
+                }
+                // Numbers of transactions that stored nothing, and that a standby that takes over need not know of.
+                for (int i = 0; i < 5; i++) Servers.sql(database.get("DB_NAME"), "SELECT pg_current_xact_id()");
+                try (Viewer other = new Viewer(board, "")) {
+                    Wait.until("a place is that of a message", () -> place.equals(other.place));
+                }
+                List<Long> missed = store(board, 2);
+                try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", place)) {
+                    Wait.until("all that was missed is there", () -> viewer.ids().containsAll(missed));
+                    assertEquals(2, viewer.ids().size(), "and nothing else");
+                    assertTrue(viewer.all("gap").isEmpty(), "no gap");
+                }
+            }
+        }
+
+        @Test void whom_the_page_tells_where_to_begin_has_the_place_of_a_message() throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase());
+            try (Instance board = new Instance("page", database); Viewer viewer = new Viewer(board, "")) {
+                board.awaitReady();
+                assertTrue(page(board).contains("data-cursor=\"0-0\""), "where nothing is stored");
+                viewer.awaits(board.say("a", "b").expect(201));
+                Servers.sql(database.get("DB_NAME"), "SELECT pg_current_xact_id()");
+                assertTrue(page(board).contains("data-cursor=\"" + viewer.place + "\""), page(board));
+            }
+        }
+        private static String page(Caller board) throws Exception {
+            return board.get("/", "Accept", "text/html").expect(200).body();
+        }
+
+        @Test void for_more_than_fifty_thousand_messages_is_told_that_there_is_a_gap() throws Exception {
+            Map<String, String> database = Servers.environment(Servers.newDatabase());
+            try (Instance board = new Instance("far", database)) {
+                board.awaitReady();
+                List<String> ids = Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, "
+                        + "request_key) SELECT 'a', 'b', 'c', 's:' || n FROM generate_series(1, 50001) n RETURNING id");
+                try (Viewer far = new Viewer(board, "?after=0");
+                     Viewer near = new Viewer(board, "?after=" + ids.getFirst())) {
+                    Wait.until("it hears of the gap", () -> far.all("gap").size() == 1);
+                    Wait.until("the other one is brought them", () -> near.ids().size() > 1_000);
+                    assertTrue(near.all("gap").isEmpty() && far.ids().isEmpty(), "one of them has a gap, not both");
+                }
+            }
+        }
+
+        @Test void is_answered_with_others_only_if_its_place_is_there() {
+            Cursor before = new Cursor(5, 1), first = new Cursor(5, 3), last = new Cursor(7, 2);
+            Stretch stretch = new Stretch(before, before, List.of(first, last), new int[] {1, 2}, new byte[2], true,
+                    true);
+            for (Cursor place : List.of(before, first, last)) assertTrue(stretch.answers(place), "" + place);
+            for (Cursor place : List.of(new Cursor(5, 2), new Cursor(6, 0), new Cursor(7, 3), new Cursor(4, 9)))
+                assertTrue(!stretch.answers(place), "no message has the place " + place);
         }
 
         @Test void is_brought_it_by_whichever_instance_it_comes_to() throws Exception {

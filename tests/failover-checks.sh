@@ -71,7 +71,7 @@ check_hang_ups() {
   summary="$(value hung-up) clients hung up"
   [ "$(value hung-up)" -ge 9900 ] ||
     { say "expected 10000 clients to get as far as hanging up, saw $(value hung-up)"; return 1; }
-  eventually back_to_before
+  eventually back_to_before || return 1
   summary="$summary; $(tr '\n' ' ' <"$WORK/levels")"
 }
 
