@@ -1453,7 +1453,9 @@ final class RedisConnection implements AutoCloseable {
     @Override public synchronized void close() {
         Jedis left = connection;
         connection = null; // whatever comes of it: Jedis would open it again by itself, without its password
-        if (left != null) Service.closeQuietly(left);
+        try {
+            if (left != null) left.close();
+        } catch (JedisException e) { /* it is lost already */ }
     }
 }
 
