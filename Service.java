@@ -720,10 +720,11 @@ record Stretch(Cursor asked, Cursor after, List<Cursor> cursors, int[] ends, byt
 
     Cursor upTo() { return cursors.isEmpty() ? after : cursors.getLast(); }
 
-    /** Whether who asked for this place is answered by it as well: a place in between that it lacks is not known. */
-    boolean answers(Cursor place) {
-        return place.equals(asked)
-                || known && (place.equals(after) || Collections.binarySearch(cursors, place) >= 0);
+    /** Whether it answers this question as well. A place in between that it lacks is not known. */
+    boolean answers(Following other) {
+        Cursor place = other.after();
+        return known ? place.equals(asked) || place.equals(after) || Collections.binarySearch(cursors, place) >= 0
+                : place.equals(asked) && other.comes();
     }
 
     /** The first event behind the place {@code told}; as many as there are events if there is none. */
@@ -1182,7 +1183,8 @@ final class Messages implements AutoCloseable {
             FROM messages WHERE id <= ? ORDER BY id DESC LIMIT 1""";
     /** A viewer who was away is brought as many; who misses more is told so. */
     private static final String TOO_FAR = """
-            SELECT EXISTS (SELECT FROM messages WHERE (tx, id) > (?::text::xid8, ?) OFFSET 50000)""";
+            SELECT EXISTS (SELECT FROM messages WHERE (tx, id) > (?::text::xid8, ?)
+                           AND tx < pg_snapshot_xmin(pg_current_snapshot()) OFFSET 50000)""";
 
     /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int ROWS_MOST = 200;
@@ -1293,7 +1295,7 @@ final class Messages implements AutoCloseable {
         Set<Stretch> read = new LinkedHashSet<>();
         int rows = 0;
         for (Following one : waiting) {
-            Optional<Stretch> covering = read.stream().filter(stretch -> stretch.answers(one.after())).findFirst();
+            Optional<Stretch> covering = read.stream().filter(stretch -> stretch.answers(one)).findFirst();
             if (covering.isEmpty() && (rows += one.most()) > ROWS_MOST) break;
             Stretch answer = covering.isPresent() ? covering.get()
                     : forEvents.run(connection -> following(connection, one));

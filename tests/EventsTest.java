@@ -363,9 +363,11 @@ class EventsTest {
             Cursor before = new Cursor(5, 1), first = new Cursor(5, 3), last = new Cursor(7, 2);
             Stretch stretch = new Stretch(before, before, List.of(first, last), new int[] {1, 2}, new byte[2], true,
                     true);
-            for (Cursor place : List.of(before, first, last)) assertTrue(stretch.answers(place), "" + place);
+            for (Cursor place : List.of(before, first, last))
+                assertTrue(stretch.answers(new Following(place, 10, true)), "" + place);
             for (Cursor place : List.of(new Cursor(5, 2), new Cursor(6, 0), new Cursor(7, 3), new Cursor(4, 9)))
-                assertTrue(!stretch.answers(place), "no message has the place " + place);
+                assertFalse(stretch.answers(new Following(place, 10, true)), "no message has the place " + place);
+            assertFalse(Stretch.unknown(first).answers(new Following(first, 10, false)), "who stayed is not too far");
         }
 
         @Test void is_brought_it_by_whichever_instance_it_comes_to() throws Exception {

@@ -221,8 +221,9 @@ public final class Viewers {
                 if (line.startsWith("event:")) event = line.substring(6).strip();
                 else if (line.startsWith("id:")) id = line.substring(3).strip();
                 else if (line.startsWith("data:")) data = line.substring(5).strip();
-                else if (line.isEmpty() && data != null) {
-                    if (event.equals("message") || event.equals("gap")) told(event, id, data);
+                else if (line.isEmpty()) {
+                    if (data == null && id != null) lastId = id; // where it begins
+                    if (data != null && (event.equals("message") || event.equals("gap"))) told(event, id, data);
                     event = "message";
                     id = data = null;
                 }
