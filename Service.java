@@ -997,10 +997,12 @@ final class Database implements AutoCloseable {
 
     /**
      * A commit that waits for a standby has no time limit, and does not notice that its client has left. (To cancel it
-     * would show a row that no standby has.) One more for each try, and soon the server would let in nobody.
+     * would show a row that no standby has.) One more for each try, and soon the server would let in nobody. For a
+     * moment each commit waits, also one of the instance that this one replaces, under the same name.
      */
     private static final String A_COMMIT_WAITS = """
-            SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'
+            SELECT EXISTS (SELECT FROM pg_stat_activity
+                           WHERE wait_event = 'SyncRep' AND query_start < clock_timestamp() - interval '1 second'
                            AND usename = current_user AND application_name = current_setting('application_name'))""";
 
     private final PGSimpleDataSource source = new PGSimpleDataSource();

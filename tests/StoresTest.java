@@ -103,11 +103,32 @@ class StoresTest {
                             "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'");
                     row.next();
                     assertTrue(row.getInt(1) <= 1, "expected one session at most that waits on, saw " + row.getInt(1));
+                    isInTheWayWhenItWaitsForLong(DriverManager.getConnection("jdbc:postgresql://127.0.0.1:"
+                            + port + "/postgres", "postgres", to.pass().value()), with("postgres", "DB_PORT", "" + port,
+                            "DB_PASS", to.pass().value(), "INSTANCE_ID", "replaced"));
                     look.createStatement().execute("ALTER SYSTEM RESET synchronous_standby_names");
                     look.createStatement().execute("SELECT pg_reload_conf()");
                     Wait.until("it stores again", Wait.PROMISED, () -> board.say("a", "safe").status() == 201);
                 }
             } finally { own.close(); }
+        }
+
+        /** The instance that is being replaced has the same name, and each of its commits waits for a moment. */
+        private static void isInTheWayWhenItWaitsForLong(Connection other, Map<String, String> environment)
+                throws Exception {
+            Config config = Config.from(environment);
+            other.createStatement().execute("SET application_name = 'threefold replaced'; "
+                    + "SET synchronous_commit = on"); // the embedded one says off
+            var waits = Wait.meanwhile(() -> other.createStatement().execute("CREATE TABLE waits ()"));
+            Thread.sleep(300);
+            try (Database writes = new Database(config, new Dependency("postgres"), Database.Use.WRITES)) {
+                assertEquals("in", writes.attempt(connection -> "in"), "a commit of this moment is in nobody's way");
+            }
+            Thread.sleep(1_000);
+            try (Database writes = new Database(config, new Dependency("postgres"), Database.Use.WRITES)) {
+                assertThrows(SQLException.class, () -> writes.attempt(connection -> true));
+            }
+            assertFalse(waits.isDone(), "it waits");
         }
 
         @Test void of_another_encoding_is_not_used() {
