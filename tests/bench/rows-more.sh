@@ -93,7 +93,7 @@ by_instances() {
 share_of_each() {
   local ids
   mapfile -t ids < <(docker compose ps -q web1 web2 web3 web-more)
-  quiet docker update --cpu-quota "$(calc "$1 * 20000" 0)" "${ids[@]}"
+  quiet docker update --cpu-quota "$(calc "$1 * 10000" 0)" "${ids[@]}"
 }
 
 # scaled KIND NAME MORE FEWER FEWER_IN_WORDS WANTED
