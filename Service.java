@@ -1088,11 +1088,8 @@ final class Database implements AutoCloseable {
 
     /** Creates the table where there is none, and what an older one lacks. */
     private void makeSureOfSchema(Connection connection, Statement statement) throws SQLException {
-        for (int tries = 0; use != Use.CHECKS && !hasSchema(statement); tries++) {
-            if (tries == 18) throw new SQLException("the schema is not made yet", "57P03"); // as if it still started
-            LockSupport.parkNanos(50_000_000);
-        }
-        if (use == Use.CHECKS && !hasSchema(statement)) {
+        if (use != Use.CHECKS) waitForSchema(statement);
+        else if (!hasSchema(statement)) {
             // Each by itself: while the index of a large table is made nobody writes, but those who are here can read.
             for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
             Log.info("schema_made");
@@ -1101,6 +1098,13 @@ final class Database implements AutoCloseable {
         String strange = "tx >= pg_snapshot_xmax(pg_current_snapshot())";
         if (isTrue(statement, "SELECT EXISTS (SELECT FROM messages WHERE " + strange + ")"))
             change(connection, statement, "UPDATE messages SET tx = '0' WHERE " + strange);
+    }
+
+    private static void waitForSchema(Statement statement) throws SQLException {
+        for (int tries = 0; !hasSchema(statement); tries++) {
+            if (tries == 18) throw new SQLException("the schema is not made yet", "57P03"); // as if it still started
+            LockSupport.parkNanos(50_000_000);
+        }
     }
 
     private static boolean hasSchema(Statement statement) throws SQLException {
@@ -1158,17 +1162,16 @@ final class Messages implements AutoCloseable {
             ON CONFLICT (request_key) DO UPDATE SET request_key = EXCLUDED.request_key
             RETURNING id, %s, CASE WHEN xmax <> 0 THEN author END, CASE WHEN xmax <> 0 THEN body END, instance,
                       request_key""".formatted(MICROS);
-    /** The last message that nothing can come before any more, because no older transaction is open. */
+    /** The place of the last message that nothing can come before any more, because no older transaction is open. */
     private static final String SETTLED = """
-            SELECT tx::text, id, true AS known FROM messages
-            WHERE messages.tx < pg_snapshot_xmin(pg_current_snapshot()) ORDER BY messages.tx DESC, id DESC LIMIT 1""";
+            SELECT tx::text || '-' || id FROM messages WHERE tx < pg_snapshot_xmin(pg_current_snapshot())
+            ORDER BY tx DESC, id DESC LIMIT 1""";
     private static final String PAGES = """
-            WITH settled AS MATERIALIZED (%s)
-            SELECT message.id, %s, author, body, instance, asked.n, (SELECT tx || '-' || id FROM settled)
+            SELECT message.id, %s, author, body, instance, asked.n, (%s)
             FROM unnest(?::bigint[], ?::bigint[]) WITH ORDINALITY AS asked (before, size, n)
             LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before
                                ORDER BY id DESC LIMIT asked.size) AS message ON true
-            ORDER BY asked.n, message.id DESC""".formatted(SETTLED, MICROS);
+            ORDER BY asked.n, message.id DESC""".formatted(MICROS, SETTLED);
     /** What follows a place and is settled. (A place without an id is an older version's.) */
     private static final String FOLLOWING = """
             SELECT message.id, %s, author, body, instance, message.tx::text,
@@ -1273,18 +1276,19 @@ final class Messages implements AutoCloseable {
             throws SQLException {
         List<List<Message>> found = new ArrayList<>();
         for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
-        Cursor cursor = Cursor.FIRST;
+        String settled = null; // the same in every row
         try (PreparedStatement select = connection.prepareStatement(PAGES)) {
             select.setArray(1, numbers(connection, queries.stream().map(PageQuery::before)));
             // One more than asked for, to know whether older ones follow.
             select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
             try (ResultSet rows = select.executeQuery()) {
                 while (rows.next()) {
-                    if (rows.getString(7) != null) cursor = Cursor.parse(rows.getString(7)); // the same in every row
+                    settled = rows.getString(7);
                     if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
                 }
             }
         }
+        Cursor cursor = settled == null ? Cursor.FIRST : Cursor.parse(settled);
         Map<PageQuery, MessagePage> pages = new HashMap<>();
         for (int i = 0; i < queries.size(); i++)
             pages.put(queries.get(i), MessagePage.of(queries.get(i), found.get(i), cursor));
@@ -1318,16 +1322,21 @@ final class Messages implements AutoCloseable {
         }
     }
 
-    /**
-     * Where this message stands, or the last one before it; null if there is none, or its id was not given out yet.
-     * Of {@link Cursor#NOW} the last that is settled: what is stored from now on follows it.
-     */
+    /** What is stored from now on follows it. */
+    private static Cursor settled(Connection connection) throws SQLException {
+        try (PreparedStatement select = connection.prepareStatement(SETTLED); ResultSet row = select.executeQuery()) {
+            return row.next() ? Cursor.parse(row.getString(1)) : Cursor.FIRST;
+        }
+    }
+
+    /** Where this message stands, or the last one before it; null if there is none, or its id was not given out yet. */
     private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
-        boolean now = named.equals(Cursor.NOW);
-        try (PreparedStatement select = connection.prepareStatement(now ? SETTLED : PLACE)) {
-            for (int i = 1; !now && i <= 2; i++) select.setLong(i, named.id());
+        if (named.equals(Cursor.NOW)) return settled(connection);
+        try (PreparedStatement select = connection.prepareStatement(PLACE)) {
+            select.setLong(1, named.id());
+            select.setLong(2, named.id());
             try (ResultSet row = select.executeQuery()) {
-                if (!row.next()) return now || named.id() == 0 ? Cursor.FIRST : null;
+                if (!row.next()) return named.id() == 0 ? Cursor.FIRST : null;
                 return row.getBoolean(3) ? new Cursor(Long.parseLong(row.getString(1)), row.getLong(2)) : null;
             }
         }
@@ -1960,7 +1969,6 @@ final class Events implements AutoCloseable {
                 unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
             }
             slow = false;
-            if (stretch.upTo().compareTo(told) > 0) told = stretch.upTo();
             // Whoever catches up lets others have their turn between two reads.
             if (!stretch.whole()) exchange.getIoThread().executeAfter(this::goOn, 1, TimeUnit.MILLISECONDS);
         }

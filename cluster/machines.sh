@@ -175,9 +175,9 @@ whole() {
     on "$p" service ls --format '{{.Replicas}}' | grep -c '^3/3' | grep -x 6 >/dev/null
 } 2>/dev/null
 
-# state: of all that is asked for, as it is
-state() {
-  local n p
+# state: of all that is asked for, as it is; what does not answer is left out
+state() (
+  set +e
   p=$(manager) && on "$p" node ls && on "$p" service ls && tasks
   for n in $MACHINES; do
     curl -sS -m 2 "http://$(address "$n"):8008/patroni"
@@ -185,9 +185,9 @@ state() {
     within "$n" sentinel redis-cli -p 26379 sentinel ckquorum threefold
     on "$n" ps --all --format '{{.Names}} {{.Status}}'
     for p in redis sentinel postgres; do on "$n" logs --tail 8 "$(container "$n" "$p")"; done
-  done 2>&1
-  return 0
-}
+  done
+  true
+) 2>&1
 
 # gather N: both primaries on this machine
 gather() {

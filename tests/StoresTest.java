@@ -87,10 +87,10 @@ class StoresTest {
             try {
                 Config.Postgres to = own.start().postgres();
                 int port = to.hosts().getFirst().getPort();
+                String url = "jdbc:postgresql://127.0.0.1:" + port + "/postgres";
                 try (Instance board = new Instance("standby", with("postgres", "DB_PORT", "" + port, "DB_PASS",
                         to.pass().value()));
-                     Connection look = DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port + "/postgres",
-                             "postgres", to.pass().value())) {
+                     Connection look = DriverManager.getConnection(url, "postgres", to.pass().value())) {
                     board.say("a", "alone").expect(201);
                     look.createStatement().execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
                     look.createStatement().execute("SELECT pg_reload_conf()");
@@ -103,9 +103,9 @@ class StoresTest {
                             "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'");
                     row.next();
                     assertTrue(row.getInt(1) <= 1, "expected one session at most that waits on, saw " + row.getInt(1));
-                    isInTheWayWhenItWaitsForLong(DriverManager.getConnection("jdbc:postgresql://127.0.0.1:"
-                            + port + "/postgres", "postgres", to.pass().value()), with("postgres", "DB_PORT", "" + port,
-                            "DB_PASS", to.pass().value(), "INSTANCE_ID", "replaced"));
+                    isInTheWayWhenItWaitsForLong(DriverManager.getConnection(url, "postgres", to.pass().value()),
+                            with("postgres", "DB_PORT", "" + port, "DB_PASS", to.pass().value(), "INSTANCE_ID",
+                                    "replaced"));
                     look.createStatement().execute("ALTER SYSTEM RESET synchronous_standby_names");
                     look.createStatement().execute("SELECT pg_reload_conf()");
                     Wait.until("it stores again", Wait.PROMISED, () -> board.say("a", "safe").status() == 201);
