@@ -119,6 +119,8 @@ public final class Service implements AutoCloseable {
         // caches (30 s for a found name, 10 s for a missing one) would outlast our promise to be back in 2 s.
         Security.setProperty("networkaddress.cache.ttl", "1");
         Security.setProperty("networkaddress.cache.negative.ttl", "0");
+        // The driver names it to PostgreSQL, which refuses the connection if it does not know that name.
+        TimeZone.setDefault(TimeZone.getTimeZone("UTC"));
         try {
             Config config = Config.from(System.getenv());
             Log.start(config.instance());
@@ -1043,6 +1045,8 @@ final class Database implements AutoCloseable {
     private static final String SETTINGS =
             // The server gives up before we do: a slow statement then costs its own batch, not the connection.
             "SET statement_timeout = 1000;"
+            // ON CONFLICT needs it: in the stricter ones, two tries of one request fail each other.
+            + "SET default_transaction_isolation = 'read committed';"
             // Plan each statement once: to plan takes longer than to read a page. They all go by an index, and have
             // to also when the plan was made while the table was small.
             + "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;"
@@ -1149,6 +1153,10 @@ final class Database implements AutoCloseable {
     private void makeSureOfSchema(Connection connection, Statement statement) throws SQLException {
         if (use != Use.CHECKS) waitForSchema(statement);
         else if (!hasSchema(statement)) {
+            if (isTrue(statement, "SELECT to_regclass('messages') IS NOT NULL AND NOT EXISTS (SELECT FROM pg_attribute "
+                    + "WHERE attrelid = to_regclass('messages') AND attname = 'request_key')"))
+                throw new SQLException("its table \"messages\" is another program's: DB_NAME needs a database of its own",
+                        "42P07");
             // Each by itself: while the index of a large table is made nobody writes, but those who are here can read.
             for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
             Log.info("schema_made");
@@ -1194,10 +1202,10 @@ final class Database implements AutoCloseable {
 
     /**
      * What is mended by another connection, if it is: 25: a transaction that has failed, or may not write, as with a
-     * role that is read-only or a primary that is none any more; 28: the session's rights have changed; 42: a table or
-     * a column is missing, and a new connection makes sure of the schema; no state: the driver itself.
+     * role that is read-only or a primary that is none any more; 28: the session's rights have changed; 42P01, 42703: a
+     * table or a column is missing, and a new connection makes sure of the schema; no state: the driver itself.
      */
-    private static final String[] CONNECTION_ONLY = {"25", "28", "42", "none"};
+    private static final String[] CONNECTION_ONLY = {"25", "28", "42P01", "42703", "none"};
 
     /** By the first characters of its SQLSTATE (PostgreSQL's manual, appendix A). */
     private static boolean isClass(SQLException e, String... classes) {
@@ -1455,8 +1463,8 @@ final class Messages implements AutoCloseable {
 final class RedisConnection implements AutoCloseable {
     interface Work<T> { T with(Jedis redis); }
 
-    /** Servers close what is idle for minutes, and a count can't be tried twice: so it is opened anew before. */
-    private static final long IDLE_NANOS = 30_000_000_000L;
+    /** Servers and what is before them close idle connections, and a count can't be tried twice: so it is tested before. */
+    private static final long IDLE_NANOS = 1_000_000_000;
 
     private final Config.Redis config;
     private final Dependency health;
@@ -1490,22 +1498,38 @@ final class RedisConnection implements AutoCloseable {
 
     /** The same also when Redis is known to be down: how its watcher finds out that it is back. */
     synchronized <T> T attempt(Work<T> work) {
-        boolean idle = System.nanoTime() - used > IDLE_NANOS;
-        if (idle || returnsSeen != health.returns()) close(); // or it leads to a server that went away
-        if (connection == null) {
+        if (returnsSeen != health.returns()) close(); // it leads to a server that went away
+        if (connection != null && System.nanoTime() - used > IDLE_NANOS) test();
+        boolean fresh = connection == null;
+        if (fresh) {
             Batcher.mayWait();
             refusal.check();
         }
         used = System.nanoTime();
         try {
             returnsSeen = health.returns();
-            if (connection == null) connection = open();
+            if (fresh) connection = open();
             return work.with(connection);
         } catch (JedisException e) {
             if (connection == null && !isOutage(e)) throw refusal.of(e); // it was not let in
             close();
-            throw e;
+            if (fresh || !isBroken(e)) throw e;
+            throw new JedisDataException("the connection was lost", e); // of the server, the next one tells
         }
+    }
+
+    private void test() {
+        try {
+            connection.ping();
+        } catch (JedisException e) {
+            close();
+            if (!isBroken(e)) throw e;
+        }
+    }
+
+    /** It ended, and did not just take too long: then there is no time for another one. */
+    private static boolean isBroken(JedisException e) {
+        return e instanceof JedisConnectionException && !(e.getCause() instanceof SocketTimeoutException);
     }
 
     /** A connection for the caller alone; to a primary, as a write of nothing proves. A replica may be behind. */
@@ -2224,8 +2248,8 @@ final class Http implements AutoCloseable {
             built.start();
             server = built;
         } catch (RuntimeException e) {
-            throw new Config.Invalid("PORT=\"" + config.port() + "\" cannot be used on HOST=\"" + config.host()
-                    + "\": it needs an address of this machine and a port that is free and allowed ("
+            throw new Config.Invalid("HOST=\"" + config.host() + "\" and PORT=\"" + config.port()
+                    + "\" cannot be used: it needs an address of this machine and a port that is free and allowed ("
                     + Log.reason(e) + ")");
         }
     }

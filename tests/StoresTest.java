@@ -224,6 +224,53 @@ class StoresTest {
             }
         }
 
+        /** Where a retry meets the first try, a stricter isolation fails one of the two. */
+        @Test void whose_default_is_a_stricter_isolation_stores_each_key_once() throws Exception {
+            String database = Servers.newDatabase();
+            Servers.sql("postgres", "ALTER DATABASE " + database + " SET default_transaction_isolation = 'serializable'");
+            try (Instance one = new Instance("strict1", Servers.environment(database));
+                 Instance other = new Instance("strict2", Servers.environment(database))) {
+                one.awaitReady();
+                other.awaitReady();
+                for (int round = 0; round < 20; round++) {
+                    List<Callable<Answer>> tries = new ArrayList<>();
+                    for (int i = 0; i < 8; i++) {
+                        Instance board = i % 2 == 0 ? one : other;
+                        String key = "k" + round;
+                        tries.add(() -> board.say("a", "once", "Idempotency-Key", key));
+                    }
+                    for (Answer answer : Wait.together(tries))
+                        assertTrue(answer.status() == 200 || answer.status() == 201, "" + answer);
+                }
+                assertEquals(List.of("20"), Servers.sql(database, "SELECT count(*) FROM messages"));
+            }
+        }
+
+        @Test void in_which_another_program_has_such_a_table_is_left_as_it_is() {
+            String database = Servers.newDatabase();
+            Servers.sql(database, "CREATE TABLE messages (id bigint PRIMARY KEY, subject text)");
+            try (Instance board = new Instance("guest", Servers.environment(database))) {
+                board.say("a", "b").unavailable();
+                Wait.until("it says why", () -> Evidence.all().toString().contains("another program's"));
+                assertEquals("starting", board.get("/readyz").expect(503).text("status"));
+                assertEquals(List.of("2"), Servers.sql(database,
+                        "SELECT count(*) FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attnum > 0"));
+            }
+        }
+
+        /** The names that Java and a server know differ; the driver sends Java's, and an unknown one is refused. */
+        @Test void is_told_no_time_zone_that_it_may_not_know() throws Exception {
+            String database = Servers.newDatabase();
+            try (Program board = Program.java(with(database, "TZ", "Asia/Calcutta"))) {
+                Wait.until("it serves", Duration.ofSeconds(20), () -> board.get("/readyz").status() == 200);
+                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger LANGUAGE "
+                        + "plpgsql AS 'BEGIN INSERT INTO seen VALUES (current_setting(''TimeZone'')); RETURN NEW; END'; "
+                        + "CREATE TRIGGER look BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION look()");
+                board.say("a", "b").expect(201);
+                assertEquals(List.of("UTC"), Servers.sql(database, "SELECT setting FROM seen"));
+            }
+        }
+
         @Test void that_is_a_standby_is_no_primary() throws Exception {
             Path copy = Servers.FOLDER.resolve("copy");
             try (Standby standby = new Standby(copy);
@@ -553,6 +600,29 @@ class StoresTest {
                             .isJsonNull());
                 }
             } finally { own.close(); }
+        }
+
+        /** As managed servers, and proxies before them, do after a while. */
+        @Test void that_closes_connections_is_not_taken_for_away() throws Exception {
+            try (RedisProgram server = new RedisProgram("timeout 2"); Instance board = new Instance("idle", with(
+                    Servers.newDatabase(), "REDIS_PORT", "" + server.port, "REDIS_PASS", ""))) {
+                board.awaitReady();
+                board.visits();
+                board.total();
+                Thread.sleep(3_500);
+                assertEquals(2, board.visits(), "an idle connection is tested before a count");
+                assertEquals(2, board.total());
+                try (Jedis jedis = new Jedis("127.0.0.1", server.port)) {
+                    jedis.sendCommand(redis.clients.jedis.Protocol.Command.CLIENT, "KILL", "TYPE", "normal");
+                }
+                for (int i = 0; i < 5; i++) {
+                    board.get("/").expect(200);
+                    board.get("/api/visits");
+                    assertEquals("ready", OutageTest.status(board));
+                }
+                assertTrue(board.visits() > 2);
+                assertFalse(Evidence.all().toString().contains("dependency_down"), "" + Evidence.last(5));
+            }
         }
 
         @Test void that_is_a_replica_is_not_read_either() throws Exception {

@@ -67,7 +67,7 @@ answers() {
 do_kill_redis()       { kill_9 redis && sleep 2 && ready 200 degraded && start redis && redis_is_back && ask mark; }
 do_kill_nginx()       { tolerated=$any slowest_allowed=10000; kill_9 nginx && sleep 1 && start nginx && ask mark; }
 do_kill_postgres() {
-  kill_9 postgres && sleep 2 && ready 503 unavailable && start postgres && postgres_is_back && ask mark
+  kill_9 postgres && sleep 2 && ready 200 degraded && start postgres && postgres_is_back && ask mark
 }
 do_restart_postgres() {
   docker compose restart postgres && sleep 1 && docker compose restart postgres && postgres_is_back && ask mark
