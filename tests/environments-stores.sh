@@ -44,7 +44,7 @@ whole() {
              ON CONFLICT DO NOTHING; SELECT body FROM messages WHERE request_key = 'c:whole'"
 }
 # refusal: the one line by which a start of PostgreSQL's container ends
-refusal() { docker compose run --rm --no-deps -T postgres 2>&1 </dev/null | sed -n 's/.*cannot start: //p'; }
+refusal() { timeout 30 docker compose run --rm --no-deps -T postgres 2>&1 </dev/null | sed -n 's/.*cannot start: //p'; }
 # earlier SCRIPTS: PostgreSQL as earlier versions of this project started it, with the image's own start-up
 earlier() {
   chmod 755 "$WORK" "$1"; chmod 644 "$1"/*
