@@ -32,6 +32,8 @@ RUN /opt/jdk/bin/jlink --output java --no-header-files --no-man-pages --strip-ja
 # the empty libdl and librt that an older C library wanted for Temurin's.
  && ldd java/bin/java java/lib/*.so java/lib/server/*.so | awk '/=> \// { print $3 }' | sort -u \
     | grep -vE "$PWD|/(libc|libm|libpthread|libresolv)\.so" | xargs -r cp -Lt java/lib
+# --- The one piece of a locale that makes Java read its environment as UTF-8; busybox has none.
+RUN install -D /usr/lib/locale/C.utf8/LC_CTYPE locale/C.utf8/LC_CTYPE
 # --- Dependencies, before the source.
 COPY --from=deps /deps /deps
 RUN for list in runtime training; do \
@@ -93,11 +95,16 @@ FROM ${RUNTIME_IMAGE}
 WORKDIR /opt/threefold
 # All in one layer: the cache fits files of one size and time, and a layer kept by the builder may have other times.
 COPY --from=training --chown=0:0 /opt/threefold .
-ENV LD_LIBRARY_PATH=/opt/threefold/java/lib \
+ENV LC_CTYPE=C.UTF-8 \
+    LOCPATH=/opt/threefold/locale \
+    LD_LIBRARY_PATH=/opt/threefold/java/lib \
     MALLOC_ARENA_MAX=2
 USER 10001:10001
-# The build ends here if the cache does not fit; an instance would start without it, and say so.
-RUN java/bin/java @java.options -XX:AOTMode=on -XX:AOTCache=/opt/threefold/service.aot -version
+# The build ends here if the cache does not fit, since an instance would start without it, and say so; or if the locale
+# does not, since a password in any other script than ASCII would be read as another one.
+RUN said=$(java/bin/java @java.options -XX:AOTMode=on -XX:AOTCache=/opt/threefold/service.aot \
+      -XshowSettings:properties -version 2>&1) && echo "$said" | grep 'sun.jnu.encoding = UTF-8' \
+ || { echo "$said"; exit 1; }
 EXPOSE 9999
 # Process 1 is java itself, so that SIGTERM reaches it.
 ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", \

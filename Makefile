@@ -22,11 +22,7 @@ help:
 
 .PHONY: up
 up: ## builds, starts, waits until all is healthy, prints the address
-	@docker compose up --detach --build --wait || { \
-	  for image in $$(scripts/offline-images/build --missing 2>/dev/null); do \
-	    echo "$$image could not be pulled: \`make offline-images\` builds stand-ins for it and the others" >&2; \
-	    exit 1; \
-	  done; false; } || $(hint)
+	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
 	@. scripts/lib.sh && say "Threefold answers at $$URL"
 
 .PHONY: build
@@ -161,7 +157,7 @@ run: ## one instance on this machine, no Docker: jbang Service.java
 
 .PHONY: psql
 psql: ## a prompt at the database
-	@docker compose exec $(no_tty) postgres sh -c 'exec psql -U postgres -d "$$POSTGRES_DB"'
+	@docker compose exec $(no_tty) postgres psql
 
 .PHONY: redis-cli
 redis-cli: ## a prompt at Redis

@@ -1,5 +1,6 @@
--- The schema, defined here and nowhere else. PostgreSQL's image runs this file on an empty volume; an instance runs it
--- when it finds no table or one of an earlier version, so an outside database works too. Safe to run again.
+-- The schema, defined here and nowhere else. PostgreSQL's container runs this file when it starts without the
+-- table; an instance runs it when it finds no table or one of an earlier version, so an outside database works too.
+-- Safe to run again.
 
 CREATE TABLE IF NOT EXISTS messages (
     id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

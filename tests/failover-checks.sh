@@ -22,7 +22,7 @@ check_durable_settings() {
 
 as_service() {
   docker compose exec -T postgres bash -c \
-    'PGPASSWORD="$DB_PASS" psql -qAtX -F " " -h 127.0.0.1 -U "$DB_USER" -d "$POSTGRES_DB" -c "$1"' -- "$1"
+    'PGUSER="$DB_USER" PGPASSWORD="$DB_PASS" psql -qAtX -F " " -h 127.0.0.1 -c "$1"' -- "$1"
 }
 
 # Each message is stored alone, so each needs a sync of the log of its own, by the connection that commits. With

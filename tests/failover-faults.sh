@@ -11,7 +11,7 @@ kill_9()  { docker compose kill --signal KILL "$@"; }
 # Waits inside the container, so that the moment is known to a few milliseconds.
 postgres_is_back() { docker compose exec -T postgres bash -c 'until pg_isready -q -h 127.0.0.1; do sleep 0.02; done'; }
 redis_is_back()    { docker compose exec -T redis bash -c 'until [ "$(redis-cli ping)" = PONG ]; do sleep 0.02; done'; }
-psql()             { docker compose exec -T postgres psql -qAtX -U postgres -d "${DB_NAME:-app}" -c "$1"; }
+psql()             { docker compose exec -T postgres psql -qAtX -c "$1"; }
 
 any='200 201 502 503 504 refused cut time-out'        # while nginx itself is away
 
@@ -76,8 +76,7 @@ do_kill_all()         { tolerated=$any slowest_allowed=10000; kill_9 && sleep 1 
 
 do_cut_postgres() {
   local terminate="SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = '${DB_USER:-app}'"
-  docker compose exec -T postgres psql -qAtX -U postgres -d "${DB_NAME:-app}" \
-    <<<"$terminate \\watch i=0.1 c=50" && ask mark
+  docker compose exec -T postgres psql -qAtX <<<"$terminate \\watch i=0.1 c=50" && ask mark
 }
 
 do_pause_postgres() {
