@@ -117,8 +117,7 @@ class StoresTest {
         private static void isInTheWayWhenItWaitsForLong(Connection other, Map<String, String> environment)
                 throws Exception {
             Config config = Config.from(environment);
-            other.createStatement().execute("SET application_name = 'threefold replaced'; "
-                    + "SET synchronous_commit = on"); // the embedded one says off
+            other.createStatement().execute("SET application_name = 'threefold replaced'");
             var waits = Wait.meanwhile(() -> other.createStatement().execute("CREATE TABLE waits ()"));
             Thread.sleep(300);
             try (Database writes = new Database(config, new Dependency("postgres"), Database.Use.WRITES)) {
@@ -496,10 +495,14 @@ class StoresTest {
         /** A Redis Cluster refuses commands whose keys are not all in one slot. */
         @Test void that_is_a_cluster_counts() throws Exception {
             int port = Servers.freePort();
-            redis.embedded.RedisServer server = redis.embedded.RedisServer.newRedisServer().port(port)
-                    .setting("cluster-enabled yes").setting("save \"\"").setting("cluster-config-file nodes-" + port)
-                    .setting("dir " + Servers.FOLDER).build();
-            server.start();
+            Process server = new ProcessBuilder(Servers.redisProgram().toString(), "--port", "" + port, "--save", "",
+                    "--cluster-enabled", "yes", "--cluster-config-file", "nodes-" + port)
+                    .directory(Servers.FOLDER.toFile()).redirectOutput(ProcessBuilder.Redirect.DISCARD).start();
+            Wait.until("it listens", () -> {
+                try (Jedis jedis = new Jedis("127.0.0.1", port)) {
+                    return jedis.ping().equals("PONG");
+                } catch (redis.clients.jedis.exceptions.JedisConnectionException notYet) { return false; }
+            });
             try (Jedis jedis = new Jedis("127.0.0.1", port)) {
                 jedis.clusterAddSlots(java.util.stream.IntStream.range(0, 16384).toArray());
                 Wait.until("all slots are served", () -> jedis.clusterInfo().contains("cluster_state:ok"));
@@ -510,7 +513,7 @@ class StoresTest {
                     assertEquals(1, board.total());
                     Wait.until("it is seen", () -> board.get("/api/instances").body().contains("\"ready\""));
                 }
-            } finally { server.stop(); }
+            } finally { server.destroy(); }
         }
 
         /** Names of containers come and go; what they counted stays in the total. */
