@@ -2907,18 +2907,23 @@ final class Embedded implements AutoCloseable {
         deleteTree(all);
         Files.createDirectories(part, OWNER_ONLY);
         try (InputStream in = packed.openStream()) {
-            if (!packed.getPath().endsWith(".txz")) unpack(in, part.resolve(name + "-server"));
-            else {
-                TarArchiveInputStream tar = new TarArchiveInputStream(new XZInputStream(in));
-                for (var entry = tar.getNextEntry(); entry != null; entry = tar.getNextEntry()) {
-                    Path file = part.resolve(entry.getName());
-                    if (entry.isDirectory()) Files.createDirectories(file);
-                    else if (entry.isSymbolicLink()) Files.createSymbolicLink(file, Path.of(entry.getLinkName()));
-                    else unpack(tar, file);
-                }
-            }
+            if (packed.getPath().endsWith(".txz")) Archive.unpack(in, part);
+            else unpack(in, part.resolve(name + "-server"));
         }
         return finish(part, whole);
+    }
+
+    /** Apart from the rest: Java looks for these libraries when it loads the class, and the image has none. */
+    private static final class Archive {
+        static void unpack(InputStream in, Path folder) throws IOException {
+            TarArchiveInputStream tar = new TarArchiveInputStream(new XZInputStream(in));
+            for (var entry = tar.getNextEntry(); entry != null; entry = tar.getNextEntry()) {
+                Path file = folder.resolve(entry.getName());
+                if (entry.isDirectory()) Files.createDirectories(file);
+                else if (entry.isSymbolicLink()) Files.createSymbolicLink(file, Path.of(entry.getLinkName()));
+                else Embedded.unpack(tar, file);
+            }
+        }
     }
 
     private static void unpack(InputStream in, Path file) throws IOException {

@@ -1,3 +1,4 @@
+//SOURCES ../Service.java
 import java.io.BufferedInputStream;
 import java.io.EOFException;
 import java.io.IOException;

@@ -248,7 +248,8 @@ class EmbeddedTest {
         @Test void keep_their_folder_also_where_root_could_take_it() throws Exception {
             assumeTrue(asRoot());
             Path folder = Files.createDirectories(Servers.FOLDER.resolve("theirs"));
-            Files.setOwner(folder, folder.getFileSystem().getUserPrincipalLookupService().lookupPrincipalByName("nobody"));
+            Files.setOwner(folder, folder.getFileSystem().getUserPrincipalLookupService()
+                    .lookupPrincipalByName("nobody"));
             ConfigurationTest.assertSays(ConfigurationTest.A_process.end(Map.of("DATA_DIR", folder.toString())),
                     "DATA_DIR", folder.toString(), "nobody");
             try (Stream<Path> files = Files.list(folder)) { assertEquals(List.of(), files.toList()); }
@@ -267,8 +268,8 @@ class EmbeddedTest {
                 String port = Files.readAllLines(folder.resolve("postgres/postmaster.pid")).get(3).strip();
                 try (var look = java.sql.DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port
                         + "/postgres", "postgres", Files.readString(folder.resolve("password")));
-                     var row = look.createStatement().executeQuery("SELECT concat(datlocprovider, datlocale, datcollate) "
-                             + "FROM pg_database WHERE datname = 'postgres'")) {
+                     var row = look.createStatement().executeQuery("SELECT concat(datlocprovider, datlocale, "
+                             + "datcollate) FROM pg_database WHERE datname = 'postgres'")) {
                     row.next();
                     assertEquals("bC.UTF-8C", row.getString(1));
                 }
