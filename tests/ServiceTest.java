@@ -540,7 +540,8 @@ final class Program extends Caller implements AutoCloseable {
     /** With what the image has of the libraries: no servers to start. */
     static Program withoutServers(Map<String, String> environment) throws IOException {
         return java(Servers.freePort(), environment, Stream.of(System.getProperty("java.class.path").split(":"))
-                .filter(jar -> !jar.matches(".*/(embedded-|commons-compress-|xz-).*")).collect(Collectors.joining(":")));
+                .filter(jar -> !jar.matches(".*/(embedded-|commons-compress-|xz-).*"))
+                .collect(Collectors.joining(":")));
     }
 
     /** Started by a shell that does something first. */
