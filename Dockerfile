@@ -85,9 +85,9 @@ RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.ja
 #     them thoroughly as it starts, and is slower in its first seconds.) PostgreSQL does not run as root.
 FROM build AS training
 COPY scripts/Train.java /training/
-RUN /opt/jdk/bin/javac -proc:none -d /training -cp "/deps/training/*" /training/Train.java && chown nobody .
+RUN /opt/jdk/bin/javac -proc:none -d /training -cp "service.jar:/deps/training/*" /training/Train.java && chown nobody .
 USER nobody
-RUN /opt/jdk/bin/java -XX:+UseSerialGC -cp "/training:/deps/training/*" Train \
+RUN /opt/jdk/bin/java -XX:+UseSerialGC -cp "/training:service.jar:/deps/training/*" Train \
     java/bin/java @java.options -XX:+UnlockDiagnosticVMOptions -XX:-AOTRecordTraining \
       -XX:AOTCacheOutput=service.aot Service && ls -l
 

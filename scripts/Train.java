@@ -1,6 +1,4 @@
-import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
-import redis.embedded.RedisServer;
-
+//SOURCES ../Service.java
 import java.io.BufferedInputStream;
 import java.io.EOFException;
 import java.io.IOException;
@@ -8,6 +6,7 @@ import java.io.InputStream;
 import java.io.OutputStream;
 import java.net.ServerSocket;
 import java.net.Socket;
+import java.nio.file.Files;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Locale;
@@ -76,15 +75,16 @@ public final class Train {
     private static final AtomicLong SENT = new AtomicLong();
 
     public static void main(String[] command) throws Exception {
-        RedisServer redis = RedisServer.newRedisServer().port(freePort()).build();
-        redis.start();
-        try (EmbeddedPostgres postgres = EmbeddedPostgres.start()) {
+        Embedded servers = new Embedded(Config.from(Map.of("DATA_DIR", Files.createTempDirectory("train") + "/data")));
+        try {
+            Config config = servers.start();
             int port = freePort();
             ProcessBuilder builder = new ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT)
                     .redirectOutput(ProcessBuilder.Redirect.DISCARD); // a line for each refused request
             builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train", "DRAIN_MILLIS", "0",
-                    "DB_HOST", "127.0.0.1", "DB_PORT", "" + postgres.getPort(), "DB_NAME", "postgres",
-                    "DB_USER", "postgres", "REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + redis.ports().getFirst()));
+                    "DB_HOST", "" + config.postgres().hosts().getFirst(), "DB_NAME", "postgres", "DB_USER", "postgres",
+                    "DB_PASS", config.postgres().pass().value(),
+                    "REDIS_HOST", "" + config.redis().hosts().getFirst(), "REDIS_PASS", config.redis().pass().value()));
             Process instance = builder.start();
             try {
                 load(port);
@@ -93,7 +93,7 @@ public final class Train {
                 if (!instance.waitFor(120, TimeUnit.SECONDS)) instance.destroyForcibly();
             }
         } finally {
-            redis.stop();
+            servers.close();
         }
     }
 

@@ -5,10 +5,14 @@ import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Nested;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.extension.ExtendWith;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.ValueSource;
 
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.nio.file.attribute.PosixFilePermission;
+import java.nio.file.attribute.PosixFilePermissions;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.List;
@@ -21,6 +25,7 @@ import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertNotEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
+import static org.junit.jupiter.api.Assumptions.assumeTrue;
 
 /** `jbang Service.java` on its own, as a program: the servers it brings along, its data, its signals, and its log. */
 @ExtendWith(Evidence.class)
@@ -106,27 +111,23 @@ class EmbeddedTest {
         }
 
         @Test void that_were_never_complete_are_made_anew() throws Exception {
-            Path folder = Files.createDirectories(Servers.FOLDER.resolve("half")),
-                    half = folder.resolve("postgres/base");
-            Files.createDirectories(half);
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("half"));
+            for (String half : List.of("postgres/base", "postgres.part/base", "postgres-programs/PG-1/bin"))
+                Files.createDirectories(folder.resolve(half)); // also as versions before this one left it
             for (String mark : List.of("threefold-data", "postgres-unfinished")) Files.createFile(folder.resolve(mark));
             try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
                 begun.awaitReady();
-                assertFalse(Files.exists(folder.resolve("postgres-unfinished")));
+                for (String gone : List.of("postgres-unfinished", "postgres.part", "postgres-programs"))
+                    assertFalse(Files.exists(folder.resolve(gone)), gone);
             }
             cutPrograms(folder); // killed while they were unpacked
-            Files.createFile(folder.resolve("postgres-beginning"));
-            try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) {
-                begun.awaitReady();
-                assertFalse(Files.exists(folder.resolve("postgres-beginning")));
-            }
+            try (Program begun = Program.java(Map.of("DATA_DIR", folder.toString()))) { begun.awaitReady(); }
         }
 
         private static void cutPrograms(Path folder) throws Exception {
-            try (Stream<Path> files = Files.walk(folder.resolve("postgres-programs"))) {
-                for (Path file : files.filter(file -> file.endsWith("bin/postgres")).toList())
-                    Files.write(file, new byte[1_000]);
-            }
+            Path all = folder.resolve("postgres-bin"), part = all.resolve("part");
+            try (Stream<Path> versions = Files.list(all)) { Files.move(versions.findFirst().orElseThrow(), part); }
+            Files.write(part.resolve("bin/postgres"), new byte[1_000]);
         }
 
         @Test void are_opened_to_nobody_without_the_password() throws Exception {
@@ -188,6 +189,139 @@ class EmbeddedTest {
         }
     }
 
+    /** What another user of the same machine can get, and do. */
+    @Nested class Others {
+        @Test void can_neither_look_into_the_folder_nor_put_anything_there() throws Exception {
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("open"));
+            Files.setPosixFilePermissions(folder, rights("rwxr-xr-x"));
+            try (Program open = Program.javaAfter("umask 000", Map.of("DATA_DIR", folder.toString()))) {
+                open.awaitReady();
+                try (Stream<Path> files = Stream.concat(Stream.of(folder), Files.list(folder))) {
+                    for (Path file : files.filter(Files::isDirectory).toList())
+                        assertEquals(rights("rwx------"), Files.getPosixFilePermissions(file), "" + file);
+                }
+                assumeTrue(asRoot());
+                Process other = new ProcessBuilder("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "ls",
+                        folder.toString()).redirectErrorStream(true).start();
+                String saw = new String(other.getInputStream().readAllBytes());
+                assertTrue(other.waitFor() != 0, "expected that nobody sees nothing, actual: " + saw);
+            }
+        }
+
+        @Test void can_not_log_in_while_it_starts_for_the_first_time() throws Exception {
+            Path folder = Servers.FOLDER.resolve("first"), pid = folder.resolve("postgres/postmaster.pid");
+            int refused = 0;
+            try (Program first = Program.java(Map.of("DATA_DIR", folder.toString()))) {
+                while (first.process.isAlive() && refused < 5) {
+                    List<String> lines = Files.exists(pid) ? Files.readAllLines(pid) : List.of();
+                    if (lines.size() < 4 || lines.get(3).isBlank()) continue;
+                    try (var in = java.sql.DriverManager.getConnection("jdbc:postgresql://127.0.0.1:"
+                            + lines.get(3).strip() + "/postgres?connectTimeout=1", "postgres", "guess")) {
+                        throw new AssertionError("expected a refusal, actual: let in by " + in);
+                    } catch (java.sql.SQLException e) { if (e.getSQLState().startsWith("28")) refused++; }
+                }
+                first.awaitReady();
+            }
+        }
+
+        @Test void see_no_password_in_the_list_of_processes() throws Exception {
+            running();
+            String password = Files.readString(DATA.resolve("password"));
+            for (ProcessHandle server : servers(DATA)) {
+                Path proc = Path.of("/proc/" + server.pid());
+                assumeTrue(Files.exists(proc));
+                for (String file : List.of("cmdline", "environ"))
+                    assertFalse(Files.readString(proc.resolve(file), java.nio.charset.StandardCharsets.ISO_8859_1)
+                            .contains(password), file);
+            }
+        }
+
+        /** Of the library that was used once. */
+        @Test void have_no_file_that_would_be_in_the_way() throws Exception {
+            Path file = Servers.FOLDER.resolve("embedded-pg");
+            Files.createFile(file);
+            try (Program program = Program.java(Map.of("DATA_DIR", Servers.FOLDER.resolve("alone").toString()))) {
+                program.awaitReady();
+            } finally { Files.delete(file); }
+        }
+
+        @Test void keep_their_folder_also_where_root_could_take_it() throws Exception {
+            assumeTrue(asRoot());
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("theirs"));
+            Files.setOwner(folder, folder.getFileSystem().getUserPrincipalLookupService()
+                    .lookupPrincipalByName("nobody"));
+            ConfigurationTest.assertSays(ConfigurationTest.A_process.end(Map.of("DATA_DIR", folder.toString())),
+                    "DATA_DIR", folder.toString(), "nobody");
+            try (Stream<Path> files = Files.list(folder)) { assertEquals(List.of(), files.toList()); }
+        }
+
+        private static Set<PosixFilePermission> rights(String text) { return PosixFilePermissions.fromString(text); }
+    }
+
+    static boolean asRoot() { return System.getProperty("user.name").equals("root"); }
+
+    @Nested class In_any_locale {
+        @Test void its_data_are_the_same() throws Exception {
+            Path folder = Servers.FOLDER.resolve("foreign");
+            try (Program foreign = Program.java(Map.of("DATA_DIR", folder.toString(), "LC_ALL", "xx_XX.UTF-8"))) {
+                foreign.awaitReady();
+                String port = Files.readAllLines(folder.resolve("postgres/postmaster.pid")).get(3).strip();
+                try (var look = java.sql.DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port
+                        + "/postgres", "postgres", Files.readString(folder.resolve("password")));
+                     var row = look.createStatement().executeQuery("SELECT concat(datlocprovider, datlocale, "
+                             + "datcollate) FROM pg_database WHERE datname = 'postgres'")) {
+                    row.next();
+                    assertEquals("bC.UTF-8C", row.getString(1));
+                }
+            }
+        }
+
+        @Test void its_folder_may_have_a_name_in_any_script() throws Exception {
+            Path folder = Servers.FOLDER.resolve("\u00fc\u65e5 '(1)");
+            try (Program named = Program.jbang(Map.of("DATA_DIR", folder.toString(), "LC_ALL", "C"))) {
+                Wait.until("ready", Duration.ofSeconds(50), () -> named.get("/readyz").status() == 200);
+                assertTrue(Files.exists(folder.resolve("postgres/PG_VERSION")));
+            }
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"DATA_DIR", "HOME", "DB_HOST", "DB_PASS", "DB_PASS_FILE",
+                "REDIS_SENTINELS", "INSTANCE_ID"})
+        void a_value_that_can_not_be_read_in_it_is_no_other_value(String name) throws Exception {
+            String said = ConfigurationTest.A_process.end(Map.of(name, "/Gr\u00fc\u00dfe", "LC_ALL", "C"));
+            ConfigurationTest.assertSays(said, name + " cannot be read", "LC_ALL=C.UTF-8");
+            assertFalse(said.contains("/Gr"), "expected no value, which may be a password, actual: " + said);
+        }
+    }
+
+    @Nested class What_does_not_start {
+        @ParameterizedTest @ValueSource(strings = {"$(id)", "a\"b", "a`b", "a\\b", "a\nb"})
+        void has_a_folder_that_initdb_can_not_use(String name) throws Exception {
+            ConfigurationTest.assertSays(ConfigurationTest.A_process.end(Map.of("DATA_DIR",
+                    Servers.FOLDER.resolve(name).toString())), "DATA_DIR", "a name without");
+        }
+
+        @Test void says_why_in_its_own_words() throws Exception {
+            Path folder = Servers.FOLDER.resolve("broken"), version = folder.resolve("postgres/PG_VERSION");
+            try (Program whole = Program.java(Map.of("DATA_DIR", folder.toString()))) { whole.awaitReady(); }
+            Files.writeString(version, "17\n");
+            ConfigurationTest.assertSays(ConfigurationTest.A_process.end(Map.of("DATA_DIR", folder.toString())),
+                    "FATAL", "incompatible", folder.toString());
+            Files.writeString(version, "18\n");
+            Files.writeString(folder.resolve("redis/appendonly.aof"), "no command\n");
+            ConfigurationTest.assertSays(ConfigurationTest.A_process.end(Map.of("DATA_DIR", folder.toString())),
+                    "redis-server", "Bad file format", folder.toString());
+            Wait.until("no process is left", () -> servers(folder).stream().noneMatch(ProcessHandle::isAlive));
+        }
+
+        @Test void as_root_without_unshare_says_so() throws Exception {
+            assumeTrue(asRoot());
+            Path path = Files.createDirectories(Servers.FOLDER.resolve("path"));
+            Files.createSymbolicLink(path.resolve("sh"), Path.of("/bin/sh"));
+            ConfigurationTest.assertSays(ConfigurationTest.A_process.end(Map.of("PATH", path.toString(), "DATA_DIR",
+                    Servers.FOLDER.resolve("root").toString())), "root", "unshare", "another user");
+        }
+    }
+
     @Nested class Its_end {
         @Test void while_it_still_starts_leaves_no_process_behind() throws Exception {
             Path data = Servers.FOLDER.resolve("interrupted");
@@ -202,6 +336,40 @@ class EmbeddedTest {
                             .noneMatch(ProcessHandle::isAlive));
                 } finally { signal("KILL", servers.stream().filter(ProcessHandle::isAlive)); }
             }
+        }
+
+        @Test void lets_redis_count_for_the_last_request_too() throws Exception {
+            try (Program leaving = Program.java(Map.of("DATA_DIR", Servers.FOLDER.resolve("leaving").toString(),
+                    "DRAIN_MILLIS", "3000"))) {
+                leaving.awaitReady();
+                signal("TERM", Stream.of(leaving.process.toHandle()));
+                servesAndThenEnds(leaving, Servers.FOLDER.resolve("leaving"));
+            }
+        }
+
+        /** A terminal sends the signal to all that were started there, and so to the servers if they were there. */
+        @Test void by_Ctrl_C_is_the_end_of_its_servers_last() throws Exception {
+            assumeTrue(Files.exists(Path.of("/usr/bin/script")) && Files.exists(Path.of("/proc/self")));
+            Path data = Servers.FOLDER.resolve("terminal");
+            try (Program typed = Program.atTerminal(Map.of("DATA_DIR", data.toString(), "DRAIN_MILLIS", "3000"))) {
+                typed.awaitReady();
+                typed.process.getOutputStream().write(3);
+                typed.process.getOutputStream().flush();
+                servesAndThenEnds(typed, data);
+            }
+        }
+
+        private static void servesAndThenEnds(Program leaving, Path data) throws Exception {
+            List<ProcessHandle> servers = servers(data);
+            assertEquals(2, servers.size());
+            Wait.until("it drains", () -> leaving.out().toString().contains("draining"));
+            for (int i = 0; i < 10; i++) {
+                assertFalse(leaving.get("/").expect(200).json().get("visits").isJsonNull(), "expected a count");
+                leaving.say("a", "at the end").expect(201);
+                Thread.sleep(100);
+            }
+            leaving.exitCode();
+            Wait.until("no process is left of " + servers, () -> servers.stream().noneMatch(ProcessHandle::isAlive));
         }
     }
 

@@ -211,6 +211,14 @@ final class Servers {
     static int redisPort() { return servers().redis().hosts().getFirst().getPort(); }
     static int databasePort() { return servers().postgres().hosts().getFirst().getPort(); }
 
+    /** For a Redis of a test's own. */
+    static Path redisProgram() throws IOException {
+        servers();
+        try (Stream<Path> versions = Files.list(FOLDER.resolve("shared/redis-bin"))) {
+            return versions.findFirst().orElseThrow().resolve("redis-server");
+        }
+    }
+
     /** Of both servers. */
     static String password() { return servers().redis().pass().value(); }
 
@@ -532,15 +540,33 @@ final class Program extends Caller implements AutoCloseable {
     /** With what the image has of the libraries: no servers to start. */
     static Program withoutServers(Map<String, String> environment) throws IOException {
         return java(Servers.freePort(), environment, Stream.of(System.getProperty("java.class.path").split(":"))
-                .filter(jar -> !jar.contains("embedded-")).collect(Collectors.joining(":")));
+                .filter(jar -> !jar.matches(".*/(embedded-|commons-compress-|xz-).*"))
+                .collect(Collectors.joining(":")));
+    }
+
+    /** Started by a shell that does something first. */
+    static Program javaAfter(String before, Map<String, String> environment) throws IOException {
+        List<String> command = new ArrayList<>(List.of("sh", "-c", before + "; exec \"$@\"", "sh"));
+        command.addAll(command(System.getProperty("java.class.path")));
+        return new Program(Servers.freePort(), command, environment);
+    }
+
+    /** Started at a terminal, whose keyboard is the process's standard input. */
+    static Program atTerminal(Map<String, String> environment) throws IOException {
+        return new Program(Servers.freePort(), List.of("script", "-qec", "exec '" + String.join("' '",
+                command(System.getProperty("java.class.path"))) + "'", "/dev/null"), environment);
     }
 
     private static Program java(int port, Map<String, String> environment, String classPath) throws IOException {
+        return new Program(port, command(classPath), environment);
+    }
+
+    private static List<String> command(String classPath) {
         List<String> command = new ArrayList<>(List.of(System.getProperty("java.home") + "/bin/java",
                 "-Djava.io.tmpdir=" + Servers.FOLDER));
         command.addAll(ManagementFactory.getRuntimeMXBean().getInputArguments());
         command.addAll(List.of("-cp", classPath, "Service"));
-        return new Program(port, command, environment);
+        return command;
     }
 
     static Program jbang(Map<String, String> environment) throws IOException {

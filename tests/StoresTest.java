@@ -120,8 +120,7 @@ class StoresTest {
         private static void isInTheWayWhenItWaitsForLong(Connection other, Map<String, String> environment)
                 throws Exception {
             Config config = Config.from(environment);
-            other.createStatement().execute("SET application_name = 'threefold replaced'; "
-                    + "SET synchronous_commit = on"); // the embedded one says off
+            other.createStatement().execute("SET application_name = 'threefold replaced'");
             var waits = Wait.meanwhile(() -> other.createStatement().execute("CREATE TABLE waits ()"));
             Thread.sleep(300);
             try (Database writes = new Database(config, health(), Database.Use.WRITES)) {
@@ -709,22 +708,18 @@ class StoresTest {
 
         /** A Redis Cluster refuses commands whose keys are not all in one slot. */
         @Test void that_is_a_cluster_counts() throws Exception {
-            int port = Servers.freePort();
-            redis.embedded.RedisServer server = redis.embedded.RedisServer.newRedisServer().port(port)
-                    .setting("cluster-enabled yes").setting("save \"\"").setting("cluster-config-file nodes-" + port)
-                    .setting("dir " + Servers.FOLDER).build();
-            server.start();
-            try (Jedis jedis = new Jedis("127.0.0.1", port)) {
+            try (RedisProgram server = new RedisProgram("cluster-enabled yes", "save \"\"");
+                 Jedis jedis = new Jedis("127.0.0.1", server.port)) {
                 jedis.clusterAddSlots(java.util.stream.IntStream.range(0, 16384).toArray());
                 Wait.until("all slots are served", () -> jedis.clusterInfo().contains("cluster_state:ok"));
-                try (Instance board = new Instance("slots", with(Servers.newDatabase(), "REDIS_PORT", "" + port,
+                try (Instance board = new Instance("slots", with(Servers.newDatabase(), "REDIS_PORT", "" + server.port,
                         "REDIS_PASS", ""))) {
                     board.awaitReady();
                     assertEquals(1, board.visits());
                     assertEquals(1, board.total());
                     Wait.until("it is seen", () -> board.get("/api/instances").body().contains("\"ready\""));
                 }
-            } finally { server.stop(); }
+            }
         }
 
         /** Names of containers come and go; what they counted stays in the total. */
@@ -814,24 +809,16 @@ class StoresTest {
         private final Process process;
 
         RedisProgram(String... lines) throws Exception {
-            Servers.redisPort(); // unpacks the program
             Path folder = Files.createDirectories(Servers.FOLDER.resolve("redis-" + port));
             Path settings = Files.write(folder.resolve("redis.conf"), Stream.concat(
                     Stream.of("port " + port, "dir " + folder), Stream.of(lines)).toList());
-            List<String> command = new ArrayList<>(List.of(program().toString(), settings.toString()));
+            List<String> command = new ArrayList<>(List.of(Servers.redisProgram().toString(), settings.toString()));
             if (String.join("", lines).startsWith("sentinel")) command.add("--sentinel");
             process = new ProcessBuilder(command).redirectErrorStream(true)
                     .redirectOutput(folder.resolve("out").toFile()).start();
             Wait.until("Redis answers at " + port, () -> {
                 try (Jedis jedis = new Jedis("127.0.0.1", port)) { return jedis.ping().equals("PONG"); }
             });
-        }
-
-        private static Path program() throws IOException {
-            try (Stream<Path> files = Files.walk(Servers.FOLDER.resolve("shared/redis-programs"))) {
-                return files.filter(file -> file.getFileName().toString().startsWith("redis-server")).findFirst()
-                        .orElseThrow();
-            }
         }
 
         @Override public void close() throws InterruptedException {
@@ -877,7 +864,7 @@ class StoresTest {
         }
 
         private static Path programs() throws IOException {
-            try (Stream<Path> files = Files.walk(Servers.FOLDER.resolve("shared/postgres-programs"))) {
+            try (Stream<Path> files = Files.walk(Servers.FOLDER.resolve("shared/postgres-bin"))) {
                 return files.filter(file -> file.getFileName().toString().equals("pg_ctl")).findFirst().orElseThrow()
                         .getParent();
             }
