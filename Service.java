@@ -247,7 +247,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
     @SuppressWarnings("serial") // nobody sends it anywhere
     static final class Invalid extends Exception {
-        Invalid(String message) { super(message.replaceAll("\\p{Cntrl}", "?")); } // one line, whatever the value
+        Invalid(String message) { super(Log.escaped(message)); } // one line, whatever the value
 
         /** Of an address, what stands before the @ may be a password. */
         Invalid(String name, String value, String needed) {
@@ -508,7 +508,9 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
 
     /** A stream of events, from where the viewer says it is: the last id it was told, else from now on. */
     private void events(HttpServerExchange exchange) {
-        exchange.getResponseHeaders().put(X_ACCEL_BUFFERING, "no"); // nginx passes each event on at once
+        // Proxies on the way pass each event on at once: nginx (and others) by the first, those that compress, and wait
+        // for enough to compress, by the second.
+        exchange.getResponseHeaders().put(X_ACCEL_BUFFERING, "no").put(Headers.CACHE_CONTROL, "no-store, no-transform");
         String last = exchange.getRequestHeaders().getFirst("Last-Event-ID");
         Cursor cursor = last != null && !last.isEmpty() // a browser that was told no id may send an empty one
                 ? cursor("Last-Event-ID", last) : cursor("after", parameter(exchange, "after"));
@@ -585,12 +587,19 @@ record Draft(String author, String body) {
             return;
         }
         if (text.indexOf('\0') >= 0) throw Problem.badRequest(field + " holds a NUL character");
-        String stripped = text.strip();
-        int length = stripped.codePointCount(0, stripped.length());
+        int begin = 0, end = text.length();
+        while (begin < end && isWhiteSpace(text.charAt(begin))) begin++;
+        while (begin < end && isWhiteSpace(text.charAt(end - 1))) end--;
+        int length = text.codePointCount(begin, end);
         if (length == 0) errors.put(field, field + " is empty");
         if (length > most) errors.put(field, field + " has " + length + " characters, " + most + " are allowed");
-        if (text.length() - stripped.length() > OUTER_SPACE_MOST)
+        if (text.length() - (end - begin) > OUTER_SPACE_MOST)
             errors.put(field, field + " has more than " + OUTER_SPACE_MOST + " characters of white space around it");
+    }
+
+    /** Unicode's White_Space, the same in the page. Java's strip() leaves U+00A0 and U+0085, and takes U+001C. */
+    private static boolean isWhiteSpace(char c) {
+        return Character.isSpaceChar(c) || c >= '\t' && c <= '\r' || c == '\u0085';
     }
 
     /** From {@code {"author","body"}}. Other fields are ignored, a field given twice is an error. */
@@ -646,10 +655,10 @@ record RequestKey(String stored, boolean fromClient) {
     private static final Pattern VISIBLE = Pattern.compile("[!-~]{1,255}");
 
     static RequestKey of(HttpServerExchange exchange) {
-        String client = exchange.getRequestHeaders().getFirst(IDEMPOTENCY_KEY);
-        if (client != null && !VISIBLE.matcher(client).matches())
-            throw Problem.badRequest("Idempotency-Key needs 1 to 255 visible ASCII characters");
-        if (client != null) return new RequestKey("c:" + client, true);
+        HeaderValues client = exchange.getRequestHeaders().get(IDEMPOTENCY_KEY);
+        if (client != null && (client.size() > 1 || !VISIBLE.matcher(client.getFirst()).matches()))
+            throw Problem.badRequest("one Idempotency-Key, of 1 to 255 visible ASCII characters, is needed");
+        if (client != null) return new RequestKey("c:" + client.getFirst(), true);
         String proxy = exchange.getRequestHeaders().getFirst(Http.PROXY_REQUEST_ID);
         if (proxy != null && Http.SANE_ID.matcher(proxy).matches()) return new RequestKey("p:" + proxy, false);
         return new RequestKey("s:" + UUID.randomUUID(), false);
@@ -1880,7 +1889,7 @@ final class Events implements AutoCloseable {
     void join(HttpServerExchange exchange, Cursor last) {
         if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
         exchange.setPersistent(false); // a stream ends with its connection
-        exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE).put(Headers.CACHE_CONTROL, "no-store");
+        exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE);
         exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
             Viewer viewer = new Viewer(exchange, last);
             viewers.add(viewer);
@@ -2243,7 +2252,7 @@ final class Http implements AutoCloseable {
                 .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
                 .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * BODY_MOST) // up to here a 413 reads to the end
                 .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
-                .setServerOption(UndertowOptions.MAX_HEADERS, 1_000)
+                .setServerOption(UndertowOptions.MAX_HEADERS, 1_100)                 // nginx lets 1,000 through
                 .setServerOption(UndertowOptions.MAX_PARAMETERS, 4 * 1024)          // as many as nginx lets through
                 .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
                 .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
@@ -2263,8 +2272,8 @@ final class Http implements AutoCloseable {
 
     /** From the table: 404 for an unknown path, 405 with what is allowed for an unknown method. */
     private static HttpHandler router(List<Route> routes) {
-        PathTemplateHandler paths =
-                new PathTemplateHandler(exchange -> { throw Problem.notFound("there is nothing here"); }, false);
+        HttpHandler nothing = exchange -> { throw Problem.notFound("there is nothing here"); };
+        PathTemplateHandler paths = new PathTemplateHandler(nothing, false);
         Map<String, Map<String, HttpHandler>> byPath = new LinkedHashMap<>();
         for (Route route : routes) {
             Map<String, HttpHandler> methods = byPath.computeIfAbsent(route.path(), path -> new LinkedHashMap<>());
@@ -2280,7 +2289,17 @@ final class Http implements AutoCloseable {
                 else tellMethods(exchange, allow);
             });
         });
-        return paths;
+        return exchange -> (isPlain(exchange) ? paths : nothing).handleRequest(exchange);
+    }
+
+    /**
+     * Whether the path was sent as it is read here, without escapes and without parameters after a `;`. A path has this
+     * one spelling, so that no proxy takes it for another path than we do, and lets it pass the limits of its own.
+     */
+    private static boolean isPlain(HttpServerExchange exchange) {
+        String sent = exchange.getRequestURI();
+        return exchange.isHostIncludedInRequestURI() ? sent.indexOf('%') < 0 && sent.indexOf(';') < 0
+                : sent.equals(exchange.getRequestPath());
     }
 
     private static void tellMethods(HttpServerExchange exchange, String allow) {
@@ -2312,7 +2331,6 @@ final class Http implements AutoCloseable {
 
     /** Thousands of them take fifty times as much memory as in the URL. Of one name the last counts. */
     private static void letGoOfParameters(HttpServerExchange exchange) {
-        exchange.getPathParameters().clear();
         if (exchange.getQueryString().isEmpty()) return;
         exchange.getQueryParameters().keySet().retainAll(PARAMETERS);
         exchange.getQueryParameters().replaceAll((name, values) -> new ArrayDeque<>(List.of(values.getLast())));
@@ -2412,8 +2430,8 @@ final class Http implements AutoCloseable {
     }
 
     static boolean wantsHtml(HttpServerExchange exchange) {
-        String accept = exchange.getRequestHeaders().getFirst(Headers.ACCEPT);
-        return accept != null && accept.contains("text/html");
+        HeaderValues accept = exchange.getRequestHeaders().get(Headers.ACCEPT);
+        return accept != null && Accept.prefersHtml(String.join(",", accept));
     }
 
     /** JSON or the page's form, nothing else. */
@@ -2497,6 +2515,45 @@ final class Http implements AutoCloseable {
 
     @Override public void close() {
         if (worker != null) worker.shutdownNow();
+    }
+}
+
+/**
+ * How much a client likes a media type (RFC 9110, 12.5.1): by the range that names it most exactly.
+ *
+ * @param exactness 0 for any type, 2 for `text/*`, 4 for `text/html`, one more with its charset; -1: nothing names it
+ */
+record Accept(int exactness, double quality) {
+    private static final Pattern QUOTED = Pattern.compile("\"[^\"]*\""),
+            WEIGHT = Pattern.compile("0(\\.[0-9]{0,3})?|1(\\.0{0,3})?");
+
+    /** There are HTML and JSON. If both are liked as much, HTML has to be named as exactly, and not by any type. */
+    static boolean prefersHtml(String header) {
+        String ranges = QUOTED.matcher(header.toLowerCase(Locale.ROOT))
+                .replaceAll(quoted -> quoted.group().equals("\"utf-8\"") ? "utf-8" : "_"); // may hold a comma
+        Accept html = of(ranges, "text", "html"), json = of(ranges, "application", "json");
+        return html.quality > 0 && (html.quality > json.quality || html.quality == json.quality
+                && html.exactness > 1 && html.exactness >= json.exactness);
+    }
+
+    private static Accept of(String ranges, String type, String subtype) {
+        Accept best = new Accept(-1, 0);
+        for (String range : ranges.split(",")) {
+            String[] parts = range.split(";");
+            String name = parts.length == 0 ? "" : parts[0].strip();
+            int exactness = name.equals("*/*") ? 0 : name.equals(type + "/*") ? 2
+                    : name.equals(type + '/' + subtype) ? 4 : -1;
+            double quality = 1;
+            for (int i = 1; i < parts.length && exactness >= 0; i++) {
+                String parameter = parts[i].strip();
+                if (parameter.startsWith("q=") && WEIGHT.matcher(parameter.substring(2)).matches())
+                    quality = Double.parseDouble(parameter.substring(2));
+                else if (parameter.equals("charset=utf-8")) exactness++;
+                else if (!parameter.isEmpty()) exactness = -1; // a variant that there is not, or no weight
+            }
+            if (exactness > best.exactness) best = new Accept(exactness, quality);
+        }
+        return best;
     }
 }
 
@@ -2806,6 +2863,7 @@ final class Metrics {
 final class Log {
     private static final BlockingQueue<String> LINES = new ArrayBlockingQueue<>(1_024);
     private static final AtomicInteger DROPPED = new AtomicInteger();
+    private static final Pattern CONTROL = Pattern.compile("\\p{Cc}"); // what Character.isISOControl names
     private static final PrintStream OUT = new PrintStream(new FileOutputStream(FileDescriptor.out), false, UTF_8);
     private static volatile String instance = "";
     private static volatile Thread writer;
@@ -2843,15 +2901,20 @@ final class Log {
                 "instance", instance, "event", event);
         String line = System.console() != null ? readable(event, namesAndValues)
                 : Json.object(Stream.concat(head, Stream.of(namesAndValues)).toArray());
-        if (!LINES.offer(line)) DROPPED.incrementAndGet();
+        if (!LINES.offer(escaped(line))) DROPPED.incrementAndGet();
     }
 
     private static String readable(String event, Object... namesAndValues) {
         StringBuilder line = new StringBuilder(event);
         for (int i = 0; i < namesAndValues.length; i += 2)
             line.append("  ").append(namesAndValues[i]).append('=')
-                    .append(String.valueOf(namesAndValues[i + 1]).replaceAll("\\p{Cntrl}", " "));
+                    .append(namesAndValues[i + 1]);
         return line.toString();
+    }
+
+    /** Without what a terminal would obey, as JSON would write it (whose library escapes C0 alone, not DEL and C1). */
+    static String escaped(String text) {
+        return CONTROL.matcher(text).replaceAll(found -> "\\\\u%04x".formatted((int) found.group().charAt(0)));
     }
 
     /** The next line, in place of the thread that writes: for those who want to look at the lines themselves. */

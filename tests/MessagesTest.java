@@ -72,7 +72,7 @@ class MessagesTest {
         static List<String> texts() { return MessagesTest.texts(); }
 
         @ParameterizedTest @MethodSource("texts") void comes_back_exactly_as_it_was_sent(String text) {
-            String author = text.strip().isEmpty() ? "white" : text;
+            String author = text.matches("\\p{IsWhite_Space}+") ? "white" : text;
             Answer sent = Servers.one().say(author, text + "!").expect(201), read = Servers.three().get(1)
                     .get(sent.header("location")).expect(200);
             assertEquals(author, sent.text("author"));
@@ -114,7 +114,7 @@ class MessagesTest {
         }
 
         /** It would take memory without counting: a hundred messages of 32 KB of it are more than an instance has. */
-        @ParameterizedTest @ValueSource(strings = {" ", "\u001c"})
+        @ParameterizedTest @ValueSource(strings = {" ", "\u00a0"})
         void has_not_any_amount_of_space_around_it(String space) {
             String most = space.repeat(500) + "b" + space.repeat(500);
             assertEquals(most, Servers.one().say("a", most).expect(201).text("body"));
@@ -132,8 +132,41 @@ class MessagesTest {
     }
 
     @Nested class A_field {
+        /** What Unicode calls White_Space, the same in the page: the list is in its test too. */
+        static final String WHITE = "\t\n\u000b\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
+                + "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000";
+
+        @Test void is_measured_without_white_space_and_nothing_else() {
+            for (int c = 1; c <= Character.MAX_VALUE; c++) {
+                if (Character.isSurrogate((char) c)) continue;
+                String one = "" + (char) c, around = one + "a".repeat(80) + one;
+                assertEquals(WHITE.contains(one), one.matches("\\p{IsWhite_Space}"), "U+" + Integer.toHexString(c));
+                assertEquals(WHITE.contains(one), refused(one, "b") && refused(one + one, "b"),
+                        "empty: U+" + Integer.toHexString(c));
+                assertEquals(WHITE.contains(one), !refused(around, "b"), "trimmed: U+" + Integer.toHexString(c));
+            }
+        }
+
+        private static boolean refused(String author, String body) {
+            try {
+                return !new Draft(author, body).author().equals(author);
+            } catch (Problem problem) { return true; }
+        }
+
+        static List<String> white() { return WHITE.chars().mapToObj(c -> "" + (char) c).toList(); }
+
+        @ParameterizedTest @MethodSource("white") void of_white_space_alone_is_empty(String white) {
+            Servers.one().say("a", white).problem(422, "body", "empty");
+            Servers.one().form("author=a&body=" + encoded(white + white)).problem(422, "body");
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"\u001c", "\u001f", "\u180e", "\u200b", "\u2060", "\ufeff"})
+        void of_what_is_not_white_space_is_not_empty(String text) {
+            assertEquals(text, Servers.one().say("a", text).expect(201).text("body"));
+        }
+
         @ParameterizedTest @ValueSource(strings = {"", " ", "\n", " \t\r\n ",
-                "\u2003\u3000"}) void that_is_empty_is_named(String empty) {
+                "\u2003\u3000", "\u00a0", "\u0085 "}) void that_is_empty_is_named(String empty) {
             Servers.one().say(empty, "b").problem(422, "author");
             Servers.one().say("a", empty).problem(422, "body");
             Servers.one().say(empty, empty).problem(422, "author", "body");
@@ -489,6 +522,16 @@ class MessagesTest {
         @ParameterizedTest @MethodSource("bad") void that_is_none_is_refused(String key) throws Exception {
             byte[] body = Caller.message("a", "with a bad key").getBytes(UTF_8);
             Servers.one().raw(HttpTest.post(body, KEY + ": " + key)).problem(400, KEY);
+        }
+
+        @Test void given_twice_is_refused() throws Exception {
+            byte[] body = Caller.message("a", "with two keys").getBytes(UTF_8);
+            String key = key();
+            for (String other : List.of(key, key(), ""))
+                for (List<String> two : List.of(List.of(key, other), List.of(other, key)))
+                    Servers.one().raw(HttpTest.post(body, KEY + ": " + two.get(0), KEY + ": " + two.get(1)))
+                            .problem(400, KEY);
+            assertEquals(0, count("with two keys"));
         }
 
         @ParameterizedTest @ValueSource(strings = {"!", "~", "\"quoted\"", "c:x", "p:x", "a,b", "';--", "%00",
