@@ -109,7 +109,9 @@ manager() {
   return 1
 }
 
-serves() { curl -fsS -m 3 -o /dev/null "http://$(address "$1"):$PORT/readyz" 2>/dev/null; }
+# serves N: an instance is ready there and reaches both stores
+serves() { curl --noproxy '*' -fsS -m 3 "http://$(address "$1"):$PORT/readyz" 2>/dev/null |
+  grep '"status":"ready"' >/dev/null; }
 all_serve() { local n; for n in $MACHINES; do serves "$n" || return 1; done; }
 
 # join_swarm N MANAGER: machine N becomes a manager of that one's Swarm, and one of those that hold the data
@@ -129,7 +131,7 @@ tasks() {
 
 container() { on "$1" ps --quiet --filter "name=threefold_$2" | sed -n 1p; }
 within()    { local n=$1 service=$2; shift 2; on "$n" exec "$(container "$n" "$service")" "$@"; }
-patroni()   { curl -fsS -m 2 -o /dev/null "http://$(address "$1"):8008/$2" 2>/dev/null; }
+patroni()   { curl --noproxy '*' -fsS -m 2 -o /dev/null "http://$(address "$1"):8008/$2" 2>/dev/null; }
 # shellcheck disable=SC2016 # expanded in the container
 redis() {
   local n=$1; shift
@@ -180,7 +182,7 @@ state() (
   set +e
   p=$(manager) && on "$p" node ls && on "$p" service ls && tasks
   for n in $MACHINES; do
-    curl -sS -m 2 "http://$(address "$n"):8008/patroni"
+    curl --noproxy '*' -sS -m 2 "http://$(address "$n"):8008/patroni"
     redis "$n" info replication
     within "$n" sentinel redis-cli -p 26379 sentinel ckquorum threefold
     on "$n" ps --all --format '{{.Names}} {{.Status}}'

@@ -80,9 +80,14 @@ public final class Kubernetes {
         JsonElement from = at(container, "envFrom").getAsJsonArray().get(0);
         there("ConfigMap/" + at(from, "configMapRef", "name").getAsString());
         String port = at(at(container, "ports").getAsJsonArray().get(0), "name").getAsString();
-        for (String probe : List.of("startupProbe", "livenessProbe", "readinessProbe"))
-            if (!at(container, probe, "httpGet", "port").getAsString().equals(port))
-                wrong.add(probe + ": no such port");
+        // What asks a store must not kill: the pods would all be restarted for as long as it is unavailable.
+        Map<String, String> probes = Map.of("startupProbe", "/healthz", "livenessProbe", "/healthz",
+                "readinessProbe", "/readyz");
+        probes.forEach((probe, path) -> {
+            JsonElement get = at(container, probe, "httpGet");
+            if (!at(get, "port").getAsString().equals(port)) wrong.add(probe + ": no such port");
+            if (!at(get, "path").getAsString().equals(path)) wrong.add(probe + ": expected " + path + ", saw " + get);
+        });
     }
 
     private void selects(String name, JsonObject labels, String... path) {

@@ -61,7 +61,9 @@ viewers_go() {
   say enough >&6 # a line ends them, also where something else keeps the pipe open
   exec 6>&-
   wait "$viewing" && [ "$(viewers wrong)" = 0 ] && [ "$(viewers acknowledged)" -ge 100 ] || return 1
-  case $1 in update-web | update-nginx | *die* | two-gone | power-loss) [ "$(viewers returns)" -ge 1 ] ;; esac
+  case $1 in update-web | update-nginx | *die* | two-gone | power-loss) [ "$(viewers returns)" -ge 1 ] ;;
+    no-postgres) [ "$(viewers returns)" = 0 ] ;; # no stream has ended
+  esac
 }
 
 # viewers NAME: of `name=value` in what they said; `viewers have`: all of it in words

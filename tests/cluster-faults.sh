@@ -65,7 +65,7 @@ do_two_gone() {
   ask count; before=$(value acknowledged); sleep 10
   ask count; after=$(value acknowledged)
   [ "$before" = "$after" ] || { say "one machine alone acknowledged $((after - before)) messages or visits"; return 1; }
-  curl -sS -m 5 -D "$WORK/head" -o "$WORK/body" "http://$(address "$victim"):$PORT/api/messages" || true
+  curl --noproxy '*' -sS -m 5 -D "$WORK/head" -o "$WORK/body" "http://$(address "$victim"):$PORT/api/messages" || true
   power_on "${gone[0]}" && sleep 45
   ask count; after=$(value acknowledged)
   power_on "${gone[1]}"
@@ -105,5 +105,65 @@ do_replaced() {
   join_swarm "$victim" "$m" || return 1
   wait_for 90 within "$victim" etcd etcdctl endpoint health >/dev/null 2>&1 ||
     { say "etcd did not take it:"; on "$victim" ps -a; return 1; }
+}
+# Stopped as an operator stops it, so that Patroni does not start it again. 75 s are more than Swarm's health check
+# takes to kill a container.
+do_no_postgres() {
+  local n web bad=0
+  web=$(web_containers)
+  within "$victim" postgres start ctl pause --wait threefold || return 1
+  for n in $MACHINES; do
+    within "$n" postgres pg_ctl stop --mode fast --pgdata /var/lib/postgresql/18/docker || bad=1
+  done
+  sleep 75
+  [ "$web" = "$(web_containers)" ] || { say "expected the same instances, saw:"; tasks; bad=1; }
+  for n in $MACHINES; do
+    curl --noproxy '*' -fsS -m 3 -o /dev/null "http://$(address "$n"):$PORT/readyz" || { say "not ready at $n"; bad=1; }
+  done
+  within "$victim" postgres start ctl resume --wait threefold || return 1
+  return $bad
+}
+web_containers() { local n; for n in $MACHINES; do on "$n" ps --quiet --filter name=threefold_web; done; }
+
+# No answer is no proof: an etcd, a Redis and a Sentinel with empty volumes wait until a majority has answered.
+do_slow_peers() {
+  local n bad=0 was
+  read -r n _ <<<"$(others "$victim")"
+  was=$(etcd_member "$n" "$victim")
+  deafen "$victim" && lose_volumes "$victim" etcd sentinel redis postgres || return 1
+  wait_for 20 starts_anew "$victim" || { say "expected its stores to be started, saw:"; on "$victim" ps -a; bad=1; }
+  sleep 10
+  if redis "$victim" role; then say "expected its Redis to wait, saw it started"; bad=1; fi
+  if within "$victim" etcd pgrep -x etcd; then say "expected its etcd to wait, saw it started"; bad=1; fi
+  hear "$victim"
+  wait_for 60 within "$victim" etcd etcdctl endpoint health >/dev/null 2>&1 || { say "etcd did not take it"; bad=1; }
+  [ "$(etcd_member "$n" "$victim")" != "$was" ] || { say "expected another member of etcd, saw $was again"; bad=1; }
+  return $bad
+}
+# deafen N: what that machine asks of the others' etcd and Sentinels stays without an answer
+deafen() {
+  local other
+  for other in 2379 2380 26379; do
+    inside "$1" iptables -w -I OUTPUT -o eth0 -p tcp --dport $other -j DROP || return 1
+  done
+}
+hear() { inside "$1" iptables -w -F OUTPUT; }
+lose_volumes() { # MACHINE SERVICE…: the Swarm starts them again
+  local n=$1 service; shift
+  for service in "$@"; do
+    lost[$service]=$(container "$n" "$service")
+    find "$DATA_DIR/$n/volumes/threefold_$service/_data" -mindepth 1 -delete
+    on "$n" kill "${lost[$service]}" >/dev/null || return 1
+  done
+}
+declare -A lost
+starts_anew() { # MACHINE
+  local service
+  for service in "${!lost[@]}"; do
+    case $(container "$1" "$service") in '' | "${lost[$service]}") return 1 ;; esac
+  done
+}
+etcd_member() { # MACHINE OF-MACHINE: the id, as that machine's etcd has it
+  within "$1" etcd etcdctl member list | grep -F "http://$(address "$2"):2380" | cut -d, -f1
 }
 is_missed() { on "$1" node ls --format '{{.Hostname}} {{.Status}}' | grep -x "$(machine "$victim") Down" >/dev/null; }
