@@ -2011,7 +2011,8 @@ final class Events implements AutoCloseable {
         /** Events that are read at once; fewer for who does not take them all, since the rest is read again. */
         private static final int READ_MOST = 100, READ_SLOWLY = 10;
         private static final long HEARTBEAT_NANOS = 15_000_000_000L, STUCK_NANOS = 30_000_000_000L;
-        private static final byte[] HEARTBEAT = ":\n\n".getBytes(UTF_8);
+        /** An event and no comment, so that scripts see it; a comment keeps the connection alone. */
+        private static final byte[] HEARTBEAT = frame("heartbeat", null, "{}");
 
         private final HttpServerExchange exchange;
         private final StreamSinkChannel sink;
@@ -2024,7 +2025,7 @@ final class Events implements AutoCloseable {
         private byte[] toldCounts, toldPresent;
         private ByteBuffer unsent = ByteBuffer.allocate(0);
         private int heldBytes;
-        private long lastSent = System.nanoTime();
+        private long lastSent = System.nanoTime(), lastHeartbeat = lastSent;
 
         Viewer(HttpServerExchange exchange, Cursor last) {
             this.exchange = exchange;
@@ -2056,8 +2057,11 @@ final class Events implements AutoCloseable {
                 return put("gap", frame("gap", told, Json.object("after", lost)));
             } else if (begun && newest != null && newest != toldCounts) return put("visit", toldCounts = newest);
             else if (begun && around != null && around != toldPresent) return put("instances", toldPresent = around);
-            else ask();
-            return begun && !gone && System.nanoTime() - lastSent > HEARTBEAT_NANOS && put(null, HEARTBEAT);
+            else if (begun && System.nanoTime() - lastHeartbeat > HEARTBEAT_NANOS) {
+                lastHeartbeat = System.nanoTime();
+                return put("heartbeat", HEARTBEAT);
+            } else ask();
+            return false;
         }
 
         private boolean put(String event, byte[] bytes) {

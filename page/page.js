@@ -106,6 +106,8 @@ const list = $('messages');
 const known = new Map([...list.children].map(item => [+item.dataset.id, item]));
 let mostShown = 300; // a page that is left open all day has to stay quick
 let olderExist = !$('older').hidden;
+const isNewest = list.dataset.cursor !== undefined; // not a page of older messages
+let gaps = 0, closedGaps = 0; // how often messages were left out, or are no more; how many of these are made up for
 
 const oldest = () => +(list.lastElementChild?.dataset.id ?? 0);
 const localTime = time =>
@@ -154,6 +156,7 @@ function receive(message) {
 }
 
 function showArrived() {
+  if (closedGaps < gaps) return; // later
   // What is older than all that is shown comes with the link to older messages.
   const added = arrived.filter(message => (!olderExist || message.id > oldest()) && insert(message));
   arrived = [];
@@ -173,8 +176,10 @@ function tellNews() {
 
 async function showOlder(event) {
   event.preventDefault();
+  const gapsBefore = gaps;
   try {
     const page = await getJson('/api/messages' + $('older').search);
+    if (gaps !== gapsBefore) return; // it need not follow what is shown now
     page.messages.forEach(insert);
     olderExist = page.next !== null;
     mostShown += page.messages.length;
@@ -184,56 +189,108 @@ async function showOlder(event) {
   }
 }
 
-// ---- the stream of events: it brings all that was stored after the cursor, each once
+function openGap() {
+  gaps++;
+  arrived = []; // what matters of it comes with the newest page
+  closeGap();
+}
 
-let cursor = list.dataset.cursor; // undefined on a page of older messages; empty while PostgreSQL is away
-const isNewest = cursor !== undefined;
-let hasGap = false; // some messages will not come with the stream: the newest page has to be read
-let stream;
-
-/** Where messages were left out, only the newest page is known to be whole: what is older can be asked for again. */
-async function readNewest() {
-  const page = await getJson('/api/messages?limit=100');
-  hasGap = false;
-  while (known.size > 0 && oldest() < (page.messages.at(-1)?.id ?? 0)) removeOldest();
-  olderExist = page.next !== null;
+/** Shows what is stored now, and nothing else; what came meanwhile follows. Older ones can be asked for again. */
+async function closeGap() {
+  const upTo = gaps;
+  const page = await getJson('/api/messages' + (isNewest ? '?limit=100' : location.search)).catch(() => null);
+  if (!page || upTo < gaps || upTo === closedGaps) return; // tried again in watch; or done by another read
+  closedGaps = upTo;
+  known.clear();
+  list.replaceChildren();
   page.messages.forEach(insert);
-  tidy();
+  olderExist = page.next !== null;
+  showArrived();
 }
 
-const closeGap = () => hasGap && readNewest().catch(() => {}); // or later, see watch
+// ---- the stream of events: it brings all that was stored after the cursor, each once. A browser opens only six
+// connections to a server, for all its windows: so one of them leads, the one that holds a lock, and passes on what
+// comes to those that follow. Each window keeps the cursor, and may be the next to lead.
 
-function showLink(state, words) {
+const TYPES = ['message', 'gap', 'instances', 'visit', 'heartbeat'];
+const MAX_SILENCE = 35_000; // two heartbeats are missing: the service sends one each 15 s
+const LINK = { connecting: 'connecting\u2026', live: 'live', broken: 'reconnecting\u2026' };
+const handlers = { message: receive, instances: showInstances, visit: showVisits, link: showLink };
+
+let cursor = list.dataset.cursor ?? ''; // empty: not known, as on a page that was made without PostgreSQL
+let stream, turn = new AbortController(); // this window's turn, to lead or to wait for it, ends when it is hidden
+let channel = navigator.locks && window.BroadcastChannel ? new BroadcastChannel('events') : null; // null: each leads
+let heard; // when the last event came, by two clocks: one may stand still in a sleep, the other may be set
+const latest = new Map(); // by type: what is so now, for a window that comes later
+
+function showLink(state) {
   $('link').dataset.state = state;
-  say($('link'), words);
+  say($('link'), LINK[state]);
 }
 
-/** All tabs together have six connections to a server: a tab that nobody looks at gives its own back. */
-function listen() {
-  stream?.close();
-  if (document.hidden) return;
-  stream = new EventSource('/api/events' + (cursor ? '?after=' + cursor : ''));
-  stream.addEventListener('message', event => {
-    receive(JSON.parse(event.data));
-    cursor = event.lastEventId;
+/** Takes part, or begins anew. With `steal`, the window that leads is passed over: nothing comes from it. */
+function follow({ steal = false, state = steal ? 'broken' : 'connecting' } = {}) {
+  turn.abort();
+  turn = new AbortController();
+  const { signal } = turn;
+  heard = [Date.now(), performance.now()];
+  showLink(state);
+  if (document.hidden) return; // nobody looks: the connection is for others
+  if (!channel) return lead(signal, state);
+  navigator.locks.request('events', steal ? { steal } : { signal }, () => lead(signal, state)).catch(error => {
+    if (signal.aborted) return;
+    if (error.name !== 'AbortError') channel = null; // the browser keeps locks from this page; else one was stolen
+    follow();
   });
-  stream.addEventListener('gap', event => {
-    cursor = event.lastEventId;
-    hasGap = isNewest;
-    closeGap();
-  });
-  stream.addEventListener('instances', event => showInstances(JSON.parse(event.data)));
-  stream.addEventListener('visit', event => showVisits(JSON.parse(event.data)));
-  stream.onopen = () => {
-    showLink('live', 'live');
-    readVisits();
-    hasGap ||= cursor === ''; // nobody knows what the stream goes on from
-    closeGap();
+  channel.postMessage({ type: 'hello' });
+}
+
+/** @returns a promise that lasts as long as the turn, and holds the lock */
+function lead(signal, state) {
+  if (signal.aborted) return null;
+  const source = stream = new EventSource('/api/events' + (cursor && '?after=' + cursor));
+  for (const type of TYPES)
+    source.addEventListener(type, ({ data, lastEventId }) => pass(type, JSON.parse(data), lastEventId || cursor));
+  source.onopen = () => pass('link', 'live');
+  source.onerror = () => {
+    pass('link', 'broken');
+    if (source.readyState === EventSource.CLOSED) // refused: the browser gave up
+      setTimeout(() => signal.aborted || follow({ state: 'broken' }), 1000);
   };
-  stream.onerror = () => {
-    showLink('broken', 'reconnecting\u2026');
-    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 1000); // refused: the browser gave up
-  };
+  latest.clear();
+  pass('link', state);
+  return new Promise(done => signal.addEventListener('abort', () => {
+    source.close();
+    done();
+  }));
+}
+
+/** Gives an event to all windows. `after` tells those that follow whether they missed one. */
+function pass(type, data, newCursor = cursor) {
+  const event = { type, data, after: cursor, cursor: newCursor };
+  if (type !== 'message' && type !== 'gap') latest.set(type, data);
+  channel?.postMessage(event);
+  take(event);
+}
+
+function take(event) {
+  heard = [Date.now(), performance.now()];
+  const isUnknown = event.data === 'live' && !event.after; // nobody knows what the stream goes on from
+  if (event.type === 'gap' || event.after !== cursor || isUnknown) openGap();
+  cursor = event.cursor;
+  handlers[event.type]?.(event.data);
+}
+
+if (channel) channel.onmessage = ({ data: event }) => {
+  if (event.type !== 'hello') take(event);
+  else if (stream && stream.readyState !== EventSource.CLOSED) latest.forEach((data, type) =>
+    channel.postMessage({ type, data, after: cursor, cursor }));
+};
+
+/** A sleep, another network or a proxy can end a stream without a word. */
+function endSilence() {
+  if (!document.hidden && Math.max(Date.now() - heard[0], performance.now() - heard[1]) > MAX_SILENCE)
+    follow({ steal: true });
 }
 
 // ---- how everything is
@@ -259,8 +316,8 @@ async function watch() {
       if (!notice.hidden && !isAway) readVisits(); // it is back
       notice.hidden = !isAway;
     }
-    if (stream.readyState === EventSource.OPEN) await closeGap();
-    isBroken = parts.length > 0 || hasGap || stream.readyState !== EventSource.OPEN;
+    if (closedGaps < gaps) await closeGap();
+    isBroken = parts.length > 0 || closedGaps < gaps || $('link').dataset.state !== 'live';
   }
 }
 
@@ -331,9 +388,12 @@ function showError(field, words) {
   else field.removeAttribute('aria-invalid');
 }
 
-/** Counts as the service does: code points, without outer white space. */
+/** Without outer white space: what Unicode calls so, as in the service. (`trim` and `\s` mean something else.) */
+const stripped = text => text.match(/\P{White_Space}(.*\P{White_Space})?/su)?.[0] ?? '';
+
+/** Counts as the service does: code points. */
 function showLength(field) {
-  const length = [...field.value.trim()].length, most = +field.dataset.most;
+  const length = [...stripped(field.value)].length, most = +field.dataset.most;
   say($(field.id + '-limit'), digits(length) + ' of ' + digits(most) + ' characters');
   showError(field, length > most ? 'Too long by ' + digits(length - most) : '');
 }
@@ -419,8 +479,10 @@ $('stop').addEventListener('click', () => stopTrying());
 $('send90').addEventListener('click', sendMany);
 $('again').addEventListener('click', askAgain);
 $('older').addEventListener('click', showOlder);
-document.addEventListener('visibilitychange', listen);
-showLink('connecting', 'connecting\u2026');
+document.addEventListener('visibilitychange', () => follow());
+window.addEventListener('online', () => follow()); // another network
+window.addEventListener('pageshow', event => event.persisted && follow()); // by the browser's "back"
 setInterval(drawPast, 1000);
-listen();
+setInterval(endSilence, 1000);
+follow();
 watch();

@@ -262,6 +262,21 @@ class EventsTest {
             }
         }
 
+        /** Scripts see events, and no comments: by it they know that a stream has not gone silent. */
+        @Test void gets_a_heartbeat_each_15_s_whatever_else_it_is_told() throws Exception {
+            try (Viewer viewer = new Viewer(Servers.one(), "")) {
+                long begun = System.nanoTime();
+                Wait.until("there is one", Duration.ofSeconds(18), () -> {
+                    Servers.one().visits();
+                    return viewer.all("heartbeat").size() == 1;
+                });
+                double seconds = (System.nanoTime() - begun) / 1e9;
+                assertTrue(seconds > 14, "expected it after 15 s, actual: after " + seconds);
+                assertTrue(viewer.all("visit").size() > 10, "expected that it was told of visits meanwhile");
+                assertEquals("{}", viewer.all("heartbeat").getFirst().data.strip());
+            }
+        }
+
         @Test void who_left_is_forgotten() throws Exception {
             double before = Servers.three().get(1).metric("event_viewers");
             List<Viewer> viewers = new ArrayList<>();

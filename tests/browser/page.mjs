@@ -4,11 +4,13 @@
 //   npm ci && BASE_URL=http://localhost:9999 node page.mjs [WORDS OF A CASE'S NAME]
 //
 // Cases that need something killed or started write "@host kill web2" and wait for a line "ok": ./run answers.
-// What the cases store stays: it is signed "browser test".
+// What the cases store stays: it is signed "browser test". The case that replaces all messages runs by ./restore, on a
+// stack of its own.
 
-/* global axe, stream, showAnswer, showVisits, clearCells, drawCell -- of the page, for page.evaluate */
+/* global axe, stream, channel, showAnswer, showVisits, clearCells, drawCell -- of the page, for page.evaluate */
 import assert from 'node:assert/strict';
 import { mkdirSync, readFileSync } from 'node:fs';
+import { createServer, request as httpRequest } from 'node:http';
 import { createRequire } from 'node:module';
 import { createInterface } from 'node:readline';
 import { chromium } from 'playwright-core';
@@ -36,13 +38,21 @@ const browser = await chromium.launch({
 const cases = [];
 const test = (name, body) => cases.push({ name, body });
 const hostTest = (name, body) => cases.push({ name, body, needsHost: true });
+const ownStackTest = (name, body) => process.env.OWN_STACK && cases.push({ name, body, needsHost: true });
 
 let current, faults = []; // what the browser complained of, over all cases
 let open = [];            // pages of the current case
+let closing = [];         // what else it leaves
 
-async function visit(options = {}, path = '/') {
+const newContext = async (options = {}) => {
   const context = await browser.newContext({ ...DESKTOP, locale: 'en-GB', ...options });
   context.setDefaultTimeout(15_000);
+  return context;
+};
+
+/** Opens the page in a browser of its own; with a `context`, in another window of that browser. */
+async function visit({ base = BASE, context, ...options } = {}, path = '/') {
+  context ??= await newContext(options);
   const page = await context.newPage();
   open.push(page);
   page.streams = []; // who served the stream of events, one after the other
@@ -52,7 +62,7 @@ async function visit(options = {}, path = '/') {
   page.on('console', message => message.type() === 'error' && complain(message.text()));
   page.on('pageerror', error => complain(String(error)));
   page.on('dialog', dialog => complain('a dialog: ' + dialog.message()) || dialog.dismiss());
-  page.answer = await page.goto(BASE + path);
+  page.answer = await page.goto(base + path);
   if (options.javaScriptEnabled !== false) await says(page, '#link', 'live');
   return page;
 }
@@ -76,9 +86,10 @@ async function until(what, condition, millis = 20_000) {
   }
 }
 
-async function says(page, selector, words) {
+async function says(page, selector, words, millis) {
   let seen;
-  await until(`${selector} says "${words}"`, async () => (seen = await page.innerText(selector)).includes(words))
+  const saysSo = async () => (seen = await page.innerText(selector)).includes(words);
+  await until(`${selector} says "${words}"`, saysSo, millis)
     .catch(error => { throw new Error(`${error.message}, saw "${seen}"`); });
 }
 
@@ -113,21 +124,65 @@ const fill = async (page, author, body) => {
 };
 const message = (page, text) => page.locator('#messages > li').filter({ hasText: text });
 const shown = page => page.$$eval('#messages > li', items => items.map(item => +item.dataset.id));
+const lookAway = (page, hidden) => page.evaluate(value => {
+  Object.defineProperty(document, 'hidden', { value, configurable: true });
+  document.dispatchEvent(new Event('visibilitychange'));
+}, hidden);
+/** A laptop that was closed for an hour: its clock has moved, and nothing else happened. */
+const sleepAnHour = page => page.evaluate(() => {
+  const { now } = Date;
+  Date.now = () => now() + 3_600_000;
+});
 
 async function isShownOnce(page, text) {
   await message(page, text).first().waitFor();
   assert.equal(await message(page, text).count(), 1, `"${text}" is shown once`);
 }
 
-/** All that is stored is shown, newest first, each once. */
-async function hasNoGap(page) {
-  let ids, stored;
+/** What is stored is shown and nothing else, newest first, each once. */
+async function hasNoGap(page, millis) {
+  const path = '/api/messages' + (new URL(page.url()).search || '?limit=100');
+  let items, stored;
   await until('the page shows what is stored', async () => {
-    ids = await shown(page);
-    stored = (await getJson('/api/messages?limit=100')).messages.map(one => one.id);
-    assert.deepEqual(ids.slice(0, 100), stored.slice(0, ids.length));
-    return ids.length >= Math.min(20, stored.length);
+    items = await page.$$eval('#messages > li', all =>
+      all.map(item => item.dataset.id + ' ' + item.querySelector('.body').textContent));
+    stored = (await getJson(path)).messages.map(one => one.id + ' ' + one.body);
+    assert.deepEqual(items.slice(0, 100), stored.slice(0, items.length));
+    return items.length >= Math.min(20, stored.length);
+  }, millis);
+}
+
+/** The stack behind an address that browsers trust as they trust https. */
+async function relay() {
+  const streams = new Set();
+  let open = Promise.resolve(), letOn;
+  const server = createServer(async (request, response) => {
+    const isStream = request.url.startsWith('/api/events');
+    if (isStream) await open;
+    const onward = httpRequest(BASE + request.url, { method: request.method, headers: request.headers }, answer => {
+      response.writeHead(answer.statusCode, answer.headers);
+      answer.pipe(response);
+      if (!isStream) return;
+      const stream = { url: request.url, hold: () => answer.unpipe(response) };
+      streams.add(stream);
+      response.on('close', () => streams.delete(stream));
+    });
+    onward.on('error', () => response.destroy());
+    response.on('close', () => onward.destroy());
+    request.pipe(onward);
   });
+  await new Promise(done => server.listen(0, '127.0.0.1', done));
+  closing.push(() => server.close());
+  return {
+    base: 'http://127.0.0.1:' + server.address().port,
+    streams,
+    /** Nothing comes through the streams that are open, nor do new ones open until `letOn`. */
+    hold() {
+      streams.forEach(stream => stream.hold());
+      open = new Promise(done => letOn = done);
+    },
+    letOn: () => letOn()
+  };
 }
 
 /** Nothing is wider than the window, and no message reaches out of the list. */
@@ -310,6 +365,30 @@ test('counts as the service does: Unicode code points', async () => {
   assert.equal(await page.getAttribute('#body', 'aria-invalid'), null);
 });
 
+/** What Unicode calls White_Space, and what only others take for it: Java's strip, JavaScript's trim. */
+const SPACES = '\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a' +
+  '\u2028\u2029\u202f\u205f\u3000';
+const NO_SPACES = '\x1c\x1f\u180e\u200b\u2060\ufeff';
+
+test('the page and the service take the same for white space around a text', async () => {
+  const page = await visit();
+  for (const space of SPACES + NO_SPACES) {
+    const name = 'U+' + space.codePointAt(0).toString(16), counts = NO_SPACES.includes(space);
+    await page.fill('#body', `${space}x${space}`);
+    assert.equal(await page.textContent('#body-limit'), `${counts ? 3 : 1} of 2,000 characters`, name);
+    const fields = { author: '', body: space + 'x'.repeat(2000) };
+    for (const [type, body] of Object.entries({
+      'application/json': JSON.stringify(fields),
+      'application/x-www-form-urlencoded': String(new URLSearchParams(fields))
+    })) {
+      const answer = await fetch(BASE + '/api/messages', { method: 'POST', headers: { 'Content-Type': type }, body });
+      const { errors } = await answer.json();
+      const error = counts ? 'body has 2001 characters, 2000 are allowed' : undefined;
+      assert.equal(errors.body, error, `${name} as ${type}`);
+    }
+  }
+});
+
 // ---- who uses it otherwise
 
 test('works without JavaScript: reads, writes, says who answered, draws the bars', async () => {
@@ -454,16 +533,12 @@ test('trying can be stopped and taken up again, under the same key', async () =>
 
 test('a tab that nobody looks at gives its connection back; the stream alone brings what it missed', async () => {
   const page = await visit();
-  const lookAway = hidden => page.evaluate(value => {
-    Object.defineProperty(document, 'hidden', { value, configurable: true });
-    document.dispatchEvent(new Event('visibilitychange'));
-  }, hidden);
-  await lookAway(true);
+  await lookAway(page, true);
   assert.equal(await page.evaluate(() => stream.readyState), 2, 'the stream is closed');
   for (let i = 0; i < 5; i++) await store(`while nobody looked ${RUN} ${i}`);
   const read = [];
   page.on('request', request => read.push(new URL(request.url()).pathname));
-  await lookAway(false);
+  await lookAway(page, false);
   await isShownOnce(page, `while nobody looked ${RUN} 4`);
   assert.equal(await message(page, `while nobody looked ${RUN} `).count(), 5);
   assert.ok(!read.includes('/api/messages'), `no page of messages is read: ${read}`);
@@ -483,6 +558,148 @@ test('where the stream left something out, the newest page is read, and no hole 
   const ids = await shown(page);
   const { messages } = await getJson(`/api/messages?limit=100&before=${ids[99]}`);
   assert.deepEqual(ids.slice(100), messages.slice(0, ids.length - 100).map(one => one.id), 'what follows');
+});
+
+// ---- a stream that has gone silent, and one stream for many windows
+
+test('a stream that nothing comes from any more is replaced, and what it missed is shown', async () => {
+  const way = await relay();
+  const [page, healthy] = [await visit({ base: way.base }), await visit()];
+  way.hold();
+  await store(`while it was silent ${RUN}`);
+  const began = Date.now();
+  await says(page, '#link', 'reconnecting', 45_000);
+  assert.ok(Date.now() - began > 20_000, 'two heartbeats had to be missing first');
+  way.letOn();
+  await isShownOnce(page, `while it was silent ${RUN}`);
+  await says(page, '#link', 'live');
+  assert.equal(way.streams.size, 1, 'streams open');
+  assert.match([...way.streams][0].url, /[?]after=[0-9]+-[0-9]+$/, 'it goes on from where it was');
+  await hasNoGap(page);
+  await until('40 s have passed', () => Date.now() - began > 40_000, 45_000);
+  assert.equal(healthy.streams.length, 1, 'a stream with heartbeats is left alone');
+});
+
+test('after a sleep, or on another network, it does not wait to find out', async () => {
+  const way = await relay();
+  const page = await visit({ base: way.base });
+  for (const [what, happens] of Object.entries({
+    sleep: () => sleepAnHour(page),
+    network: () => page.evaluate(() => dispatchEvent(new Event('online'))),
+    back: () => page.evaluate(() => dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true })))
+  })) {
+    way.hold();
+    way.letOn(); // only new ones
+    await store(`${what} ${RUN}`);
+    await happens();
+    await message(page, `${what} ${RUN}`).waitFor({ timeout: 3000 });
+    await says(page, '#link', 'live');
+    await hasNoGap(page);
+  }
+});
+
+test('seven windows have one stream; whichever of them goes, the others miss nothing', async () => {
+  const way = await relay(), context = await newContext(), windows = [];
+  for (let i = 0; i < 7; i++) windows.push(await visit({ context, base: way.base }));
+  const read = [];
+  context.on('request', request => read.push(new URL(request.url()).pathname));
+  const leader = async () => {
+    const leads = await Promise.all(windows.map(page => page.evaluate(() => stream?.readyState === 1)));
+    return windows[leads.indexOf(true)];
+  };
+  /** Stores while something happens; then all show it, by one stream. */
+  const allGoOn = async (what, happens) => {
+    const storing = (async () => { for (let i = 0; i < 20; i++) await store(`${what} ${RUN} ${i}`); })();
+    await happens();
+    await storing;
+    for (const page of windows) {
+      await isShownOnce(page, `${what} ${RUN} 19`);
+      assert.equal(await message(page, `${what} ${RUN}`).count(), 20, what);
+      await hasNoGap(page);
+      await says(page, '#link', 'live');
+    }
+    await until('one stream', () => way.streams.size === 1, 3000);
+  };
+  await allGoOn('all seven', async () => {});
+  const { total } = await getJson('/api/visits');
+  for (const page of windows) await says(page, '#total', total.toLocaleString('en'));
+  await allGoOn('it is closed', async () => {
+    const closed = await leader();
+    windows.splice(windows.indexOf(closed), 1);
+    await closed.close();
+  });
+  await allGoOn('nobody looks at it', async () => lookAway(await leader(), true));
+  assert.ok(!read.includes('/api/messages'), `no page of messages is read: ${read}`);
+  for (const page of windows) await lookAway(page, true);
+  await until('no stream', () => way.streams.size === 0, 3000);
+  for (const page of windows) await lookAway(page, false);
+  await allGoOn('they are looked at again', async () => {});
+  const stuck = await leader();
+  await stuck.evaluate(() => stream.close()); // and goes on holding the lead
+  await allGoOn('it is stuck', () => sleepAnHour(windows.find(page => page !== stuck)));
+  assert.notEqual(await leader(), stuck);
+  const late = await visit({ context, base: way.base });
+  windows.push(late);
+  await until('a new window knows the instances', () => late.locator('#instances polyline[points*=","]').count(), 3000);
+  await allGoOn('one more', async () => {});
+});
+
+test('a window that missed what another has told reads the newest page', async () => {
+  const way = await relay(), context = await newContext();
+  const [, page] = [await visit({ context, base: way.base }), await visit({ context, base: way.base })];
+  await page.evaluate(() => {
+    window.goOn = channel.onmessage;
+    channel.onmessage = null;
+  });
+  for (let i = 0; i < 3; i++) await store(`missed ${RUN} ${i}`);
+  await page.evaluate(() => { channel.onmessage = window.goOn; });
+  await isShownOnce(page, `missed ${RUN} 2`);
+  await hasNoGap(page);
+});
+
+test('where a browser has no locks, or refuses them, each window that is looked at has its own stream', async () => {
+  for (const [what, without] of Object.entries({
+    has: () => Object.defineProperty(Navigator.prototype, 'locks', { value: undefined }),
+    refuses: () => { LockManager.prototype.request = async () => { throw new DOMException('no', 'SecurityError'); }; }
+  })) {
+    const way = await relay(), context = await newContext(), windows = [];
+    await context.addInitScript(without);
+    for (let i = 0; i < 3; i++) windows.push(await visit({ context, base: way.base }));
+    assert.equal(way.streams.size, 3);
+    await lookAway(windows[0], true);
+    await until('its stream is closed', () => way.streams.size === 2, 3000);
+    for (let i = 0; i < 3; i++) await store(`${what} no locks ${RUN} ${i}`);
+    await lookAway(windows[0], false);
+    for (const page of windows) {
+      await isShownOnce(page, `${what} no locks ${RUN} 2`);
+      await hasNoGap(page);
+    }
+  }
+});
+
+ownStackTest('after a restore all that is stored is shown, and nothing that is no more', async () => {
+  const pages = [await visit()];
+  for (let i = 0; i < 45; i++) await store(`one board ${i}`);
+  await host('save one');
+  await host('empty');
+  for (const page of pages) await hasNoGap(page, 5000);
+  for (let i = 0; i < 45; i++) await store(`another board ${i}`); // under the same ids
+  await host('save another');
+  await host('empty');
+  await host('save none');
+  for (const name of ['one', 'another', 'one', 'none', 'another', 'none', 'one']) {
+    if (pages.length < 5) {
+      pages.push(await visit());
+      if (name === 'another') pages.push(await visit({}, `/?before=${(await shown(pages[0])).at(-1)}`)); // older ones
+    }
+    if (await pages[0].isVisible('#older')) await pages[0].click('#older');
+    await host('load ' + name);
+    for (const page of pages) await hasNoGap(page, 5000);
+    const { total } = await getJson('/api/visits');
+    for (const page of pages) await says(page, '#total', total.toLocaleString('en'), 5000);
+    if (name !== 'another') await store(`after ${name}`);
+    for (const page of pages) await hasNoGap(page, 5000);
+  }
 });
 
 hostTest('the instance that serves the stream is killed: the page comes back and has no gap', async () => {
@@ -540,13 +757,13 @@ hostTest('in two windows who is killed is silent within 2 s, gone after 10, and 
   }
 });
 
-hostTest('who is stopped is seen to leave, then to be gone', async () => {
+hostTest('who is stopped is seen to drain, then to be gone', async () => {
   current.mayFail = true;
   const page = await visit();
   try {
     await becomes(page, 'web3', ['ready'], 5000);
     const stopped = host('stop web3');
-    await becomes(page, 'web3', ['leaving'], 3000);
+    await becomes(page, 'web3', ['draining'], 3000);
     await stopped;
     await becomes(page, 'web3', ['gone'], 2000);
   } finally {
@@ -696,7 +913,9 @@ for (current of cases.filter(one => one.name.toLowerCase().includes(ONLY.toLower
       await page.screenshot({ path: `${OUT}/failed-${failed}-${i}.png`, fullPage: true }).catch(() => {});
   }
   for (const page of open) await page.context().close();
+  for (const close of closing) close();
   open = [];
+  closing = [];
 }
 await browser.close();
 console.log(`screenshots are in ${process.env.OUT_SHOWN ?? OUT}`);
