@@ -102,6 +102,10 @@ test-failover: ## kills, stops, hangs parts under load; checks that nothing is l
 test-upgrade: ## from the first version to this one in place, under load: nothing is lost, doubled or refused
 	@tests/upgrade
 
+.PHONY: test-environments
+test-environments: ## other line ends, proxies, locales, settings, a second clone: it works there too (CASE=…)
+	@tests/environments $(CASE)
+
 .PHONY: test-browser
 test-browser: ## opens the page in a real browser and uses it
 	@tests/browser/run
