@@ -98,13 +98,13 @@ test-persist: ## restarts, kills and recreates all containers; checks that every
 test-failover: ## kills, stops, hangs parts under load; checks that nothing is lost, doubled or refused (CASE=…)
 	@tests/failover $(CASE)
 
+.PHONY: test-environments
+test-environments: ## on machines unlike ours: other shells, proxies, settings, users, old volumes (CASE=…)
+	@tests/environments $(CASE)
+
 .PHONY: test-upgrade
 test-upgrade: ## from the first version to this one in place, under load: nothing is lost, doubled or refused
 	@tests/upgrade
-
-.PHONY: test-environments
-test-environments: ## other line ends, proxies, locales, settings, a second clone: it works there too (CASE=…)
-	@tests/environments $(CASE)
 
 .PHONY: test-browser
 test-browser: ## opens the page in a real browser and uses it

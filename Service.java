@@ -43,6 +43,7 @@ import io.undertow.util.*;
 import io.zonky.test.db.postgres.embedded.EmbeddedPostgres;
 import org.postgresql.PGConnection;
 import org.postgresql.ds.PGSimpleDataSource;
+import org.postgresql.util.PSQLWarning;
 import org.xnio.*;
 import org.xnio.channels.StreamSinkChannel;
 import redis.clients.jedis.*;
@@ -62,7 +63,7 @@ import java.security.*;
 import java.sql.*;
 import java.sql.Connection;
 import java.time.*;
-import java.time.format.DateTimeFormatter;
+import java.time.format.*;
 import java.time.temporal.ChronoUnit;
 import java.util.*;
 import java.util.concurrent.*;
@@ -93,10 +94,11 @@ public final class Service implements AutoCloseable {
     /** Told by /api/instances, where two versions can be seen side by side; the same as in openapi.json. */
     static final String VERSION = "2.0.0";
 
-    private final String since = Instant.now().truncatedTo(ChronoUnit.SECONDS).toString();
+    private final String since = Instant.now().truncatedTo(ChronoUnit.MILLIS).toString();
     private final Config config;
     private final Metrics metrics = new Metrics();
-    private final Dependency postgres = new Dependency("postgres"), redis = new Dependency("redis");
+    private final Dependency postgres = new Dependency("postgres", Database::isOutage),
+            redis = new Dependency("redis", RedisConnection::isOutage);
     private final Held held = new Held();
     private final Instances instances = new Instances();
     private final Messages messages;
@@ -189,7 +191,8 @@ public final class Service implements AutoCloseable {
 
     /** What this instance says of itself to the others. */
     private Presence presence() {
-        String state = http.isDraining() ? Presence.LEAVING : postgres.isUp() ? Presence.READY : Presence.UNAVAILABLE;
+        // (That Redis is unavailable it could tell nobody: this word goes through Redis.)
+        String state = http.isDraining() ? Presence.DRAINING : postgres.isUp() ? Presence.READY : Presence.DEGRADED;
         return new Presence(config.instance(), state, since, VERSION, http.requestsPerSecond());
     }
 
@@ -497,15 +500,26 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
     /** A stream of events, from where the viewer says it is: the last id it was told, else from now on. */
     private void events(HttpServerExchange exchange) {
         exchange.getResponseHeaders().put(X_ACCEL_BUFFERING, "no"); // nginx passes each event on at once
-        String last = exchange.getRequestHeaders().getFirst("Last-Event-ID"), after = parameter(exchange, "after");
+        String last = exchange.getRequestHeaders().getFirst("Last-Event-ID");
+        Cursor cursor = last != null && !last.isEmpty() // a browser that was told no id may send an empty one
+                ? cursor("Last-Event-ID", last) : cursor("after", parameter(exchange, "after"));
         if (exchange.getRequestMethod().equals(Methods.HEAD)) http.send(exchange, 200, Events.TYPE, new byte[0]);
-        else events.join(exchange, last != null ? last : after == null ? "" : after);
+        else events.join(exchange, cursor);
+    }
+
+    /** @return null for null */
+    private static Cursor cursor(String name, String text) {
+        Cursor cursor = text == null ? null : Cursor.parse(text);
+        if (text == null || cursor != null) return cursor;
+        throw Problem.badRequest(name + " has to be a cursor, as in 7421-88, or 0");
     }
 
     private void readyz(HttpServerExchange exchange) {
-        boolean ready = postgres.isUp() && !http.isDraining();
-        String status = http.isDraining() ? "draining" : !postgres.isUp() ? "unavailable"
-                : redis.isUp() ? "ready" : "degraded";
+        // A store that all instances share and that is unavailable takes no instance out: the others could not do
+        // better, and what needs no store goes on.
+        boolean ready = postgres.hasBeenUp() && !http.isDraining();
+        String status = http.isDraining() ? "draining" : !ready ? "starting"
+                : postgres.isUp() && redis.isUp() ? "ready" : "degraded";
         if (!ready) exchange.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
         http.sendJson(exchange, ready ? 200 : 503, Json.object("status", status, "instance", config.instance(),
                 "dependencies", Map.of("postgres", postgres.word(), "redis", redis.word())));
@@ -662,7 +676,7 @@ record MessagePage(List<Message> messages, String next, String cursor, byte[] js
         List<Message> messages = more ? found.subList(0, query.limit()) : found;
         String next = more ? "limit=" + query.limit() + "&before=" + messages.getLast().id() : null;
         return new MessagePage(messages, next, cursor.toString(), Json.object("messages", messages,
-                "next", more ? "/api/messages?" + next : null).getBytes(UTF_8));
+                "next", more ? "/api/messages?" + next : null, "cursor", cursor.toString()).getBytes(UTF_8));
     }
 }
 
@@ -676,28 +690,30 @@ record Counts(Long total, Map<String, Long> byInstance) {
  * transaction is open, nothing can come before it any more; ids alone are given out before the commit and promise
  * nothing. (The transactional outbox with PostgreSQL's xid8 as its order.) It is always the place of a message, or
  * {@code 0-0}: a number of a transaction by itself may be given once more, after a failover. As text, {@code 7421-88},
- * it is the id of an event. {@code tx} below 0: the place of the message {@code id}, whatever its transaction.
+ * it is the id of an event.
  */
 record Cursor(long tx, long id) implements Comparable<Cursor> {
     /** No place yet: behind all that is stored when it is asked for. */
     static final Cursor NOW = new Cursor(-1, -1);
     /** Before all. */
     static final Cursor FIRST = new Cursor(0, 0);
-    private static final Pattern TEXT = Pattern.compile("(?:([0-9]{1,18})-)?([0-9]{1,18})");
+    private static final Pattern TEXT = Pattern.compile("([0-9]{1,18})-([0-9]{1,18})");
 
-    /** The place that a viewer names: a cursor, or the plain id of a message. Null if it is neither. */
+    /**
+     * The place that a viewer names; {@code 0} is before all. Null if it is no cursor, as the plain id of a message: an
+     * older transaction that is still open may store one that comes after it, with a smaller id.
+     */
     static Cursor parse(String text) {
+        if (text.equals("0")) return FIRST;
         Matcher matcher = TEXT.matcher(text);
-        if (!matcher.matches()) return null;
-        return new Cursor(matcher.group(1) == null ? -1 : Long.parseLong(matcher.group(1)),
-                Long.parseLong(matcher.group(2)));
+        return matcher.matches() ? new Cursor(Long.parseLong(matcher.group(1)), Long.parseLong(matcher.group(2))) : null;
     }
 
     @Override public int compareTo(Cursor other) {
         return tx != other.tx ? Long.compare(tx, other.tx) : Long.compare(id, other.id);
     }
 
-    @Override public String toString() { return (tx < 0 ? "" : tx + "-") + id; }
+    @Override public String toString() { return tx + "-" + id; }
 }
 
 /** What a viewer asks for: at most so many of the events that follow its place; {@code comes}: it comes from there. */
@@ -706,7 +722,7 @@ record Following(Cursor after, int most, boolean comes) {}
 /**
  * Events that follow each other without a gap, as the bytes that every viewer gets: all of {@code (after, upTo]}.
  *
- * @param asked   the place that was asked for; {@code after} is the same, or what it means
+ * @param asked   the place that was asked for; {@code after} is the same, or what {@link Cursor#NOW} means
  * @param cursors of each event, in their order
  * @param ends    where each event ends in {@code bytes}
  * @param whole   false if more may follow at once: as many were read as are read at most
@@ -895,28 +911,40 @@ final class Batcher<Q, A> implements AutoCloseable {
  * What is known of PostgreSQL or Redis. A watcher asks it every half second, and whoever sees it fail says so at
  * once: while it is down requests are answered without trying, so that nothing piles up behind a dead server, and
  * the watcher asks more often, so that few are when it is back.
+ *
+ * <p>Only an outage speaks for the server. What it refuses (a password, a right, a statement) costs the request or the
+ * connection that was refused, and no other.
  */
 final class Dependency implements AutoCloseable {
     interface Probe { void ask() throws Exception; }
-    enum State { UNKNOWN, UP, DOWN }
+
+    /** {@code REFUSED}: it answers, but not to our watcher. Others may be better off, so requests try. */
+    enum State { UNKNOWN, UP, REFUSED, DOWN }
 
     /** A server that is back is seen within this: who asks while it is down waits so long before it hears no. */
     private static final int RETURN_MILLIS = 250;
 
     private final String name;
+    private final Predicate<Throwable> isOutage;
     private volatile State state = State.UNKNOWN; // a new instance tries, it does not refuse
-    private volatile boolean refused;
+    private volatile boolean hasBeenUp;
     private volatile int returns;
     private Thread watcher;
 
-    Dependency(String name) { this.name = name; }
+    Dependency(String name, Predicate<Throwable> isOutage) {
+        this.name = name;
+        this.isOutage = isOutage;
+    }
 
     String name() { return name; }
     boolean isUp() { return state == State.UP; }
 
+    /** Whether it was ever up since this instance started. */
+    boolean hasBeenUp() { return hasBeenUp; }
+
     /** How often it came back: connections that are older lead nowhere. */
     int returns() { return returns; }
-    String word() { return state == State.UP ? "up" : state == State.DOWN ? "down" : "unknown"; }
+    String word() { return state.name().toLowerCase(Locale.ROOT); }
 
     /**
      * Whether to try. Of an instance that was cut off the network and is back, the first requests come before its
@@ -934,7 +962,7 @@ final class Dependency implements AutoCloseable {
     void watch(Probe probe) {
         watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
             try {
-                for (; ; Thread.sleep(state != State.DOWN ? 500 : refused ? 1_000 : 100)) look(probe);
+                for (; ; Thread.sleep(state == State.DOWN ? 100 : 500)) look(probe);
             } catch (InterruptedException closed) { /* close() ends the thread this way */ }
         });
     }
@@ -946,26 +974,53 @@ final class Dependency implements AutoCloseable {
         } catch (InterruptedException e) {
             throw e;
         } catch (Throwable e) { // nothing ends the watcher
-            failed(e);
+            if (isOutage.test(e)) changeTo(State.DOWN, e);
+            else changeTo(State.REFUSED, e);
         }
     }
 
-    /** A wrong password is no passing trouble: it is tried once a second, so that the server's log stays readable. */
-    void failed(Throwable why) {
-        refused = why instanceof SQLException sql && Objects.requireNonNullElse(sql.getSQLState(), "").startsWith("28")
-                || why instanceof JedisAccessControlException;
-        if (state != State.DOWN) Log.warn("dependency_down", "dependency", name, "reason", Log.reason(why));
-        state = State.DOWN;
+    /**
+     * A request failed.
+     *
+     * @return whether the server is unavailable; else it refused this request
+     */
+    boolean failed(Throwable why) {
+        boolean outage = isOutage.test(why);
+        if (outage) changeTo(State.DOWN, why);
+        else Log.warn("request_refused", "dependency", name, "reason", Log.reason(why));
+        return outage;
     }
 
-    synchronized void passed() {
-        if (state != State.UP) Log.info("dependency_up", "dependency", name);
+    void passed() { changeTo(State.UP, null); }
+
+    private synchronized void changeTo(State next, Throwable why) {
+        if (next == state) return;
+        if (why == null) Log.info("dependency_up", "dependency", name);
+        else Log.warn("dependency_" + next.name().toLowerCase(Locale.ROOT), "dependency", name,
+                "reason", Log.reason(why));
         if (state == State.DOWN) returns++;
-        state = State.UP;
+        hasBeenUp |= next == State.UP;
+        state = next;
         notifyAll();
     }
 
     @Override public void close() { if (watcher != null) watcher.interrupt(); }
+}
+
+/** What a server has just refused is not tried again for a second: its log stays readable, and it has time for others. */
+final class Refusal<E extends Exception> {
+    private static final long NANOS = 1_000_000_000;
+    private E last;
+    private long at;
+
+    /** @throws E again, as long as that */
+    void check() throws E { if (last != null && System.nanoTime() - at < NANOS) throw last; }
+
+    E of(E why) {
+        last = why;
+        at = System.nanoTime();
+        return why;
+    }
 }
 
 // ----------------------------------------------------------------------------------------------- Stores: PostgreSQL
@@ -1008,6 +1063,7 @@ final class Database implements AutoCloseable {
     private final PGSimpleDataSource source = new PGSimpleDataSource();
     private final Dependency health;
     private final Use use;
+    private final Refusal<SQLException> refusal = new Refusal<>(); // of a connection
     private volatile Connection connection;
     private int returnsSeen; // of the server, when this was opened
 
@@ -1043,10 +1099,7 @@ final class Database implements AutoCloseable {
         try {
             return attempt(work);
         } catch (SQLException e) {
-            boolean lost = isLost(e);
-            if (lost) health.failed(e);
-            else Log.warn("statement_failed", "dependency", health.name(), "reason", Log.reason(e));
-            throw Problem.unavailable(lost ? "PostgreSQL is away" : "PostgreSQL could not do it");
+            throw Problem.unavailable(health.failed(e) ? "PostgreSQL is away" : "PostgreSQL could not do it");
         }
     }
 
@@ -1054,14 +1107,17 @@ final class Database implements AutoCloseable {
     synchronized <T> T attempt(Work<T> work) throws SQLException {
         if (returnsSeen != health.returns()) abandon(connection); // it leads to a server that went away
         for (boolean fresh = connection == null; ; fresh = true) {
-            if (connection == null) Batcher.mayWait();
+            if (connection == null) {
+                Batcher.mayWait();
+                refusal.check();
+            }
             try {
                 returnsSeen = health.returns();
                 if (connection == null) open();
                 return work.with(connection);
             } catch (SQLException e) {
-                // 42: a table or a column is missing. A new connection makes sure of the schema.
-                if (!isLost(e) && !e.getSQLState().startsWith("42")) throw e;
+                if (connection == null && !isOutage(e)) throw refusal.of(e); // it was not let in
+                if (!isOutage(e) && !isClass(e, CONNECTION_ONLY)) throw e;
                 abandon(connection);
                 if (fresh || e.getCause() instanceof SocketTimeoutException) throw e;
             }
@@ -1075,6 +1131,9 @@ final class Database implements AutoCloseable {
             String encoding = opened.unwrap(PGConnection.class).getParameterStatus("server_encoding");
             if (encoding != null && !encoding.equals("UTF8")) // it would refuse an emoji, and the whole batch with it
                 throw new SQLException("the database is encoded in " + encoding + ": it needs UTF8", "28000");
+            // Where a standby still has the primary's address, what it shows may be old.
+            if (isTrue(statement, "SELECT pg_is_in_recovery()"))
+                throw new SQLException("it is a standby: DB_HOST has to lead to the primary", "57P03");
             statement.execute(SETTINGS);
             if (use == Use.WRITES && isTrue(statement, A_COMMIT_WAITS))
                 throw new SQLException("a commit still waits for a standby", "55000");
@@ -1102,7 +1161,7 @@ final class Database implements AutoCloseable {
 
     private static void waitForSchema(Statement statement) throws SQLException {
         for (int tries = 0; !hasSchema(statement); tries++) {
-            if (tries == 18) throw new SQLException("the schema is not made yet", "57P03"); // as if it still started
+            if (tries == 18) throw new SQLException("the schema is not made yet", "42P01");
             LockSupport.parkNanos(50_000_000);
         }
     }
@@ -1126,12 +1185,24 @@ final class Database implements AutoCloseable {
     }
 
     /**
-     * Class 08: connection; 57P: the server is stopping, starting, or has been told to end the session; 25: it became
-     * read-only, as a primary that is none any more, or the transaction has failed; no state: the driver itself.
+     * Whether a failure speaks for the server. Class 08: it can't be reached; 57P: it is stopping, starting, or has been
+     * told to end sessions; or the socket broke. (A first one costs its connection only: see attempt.)
      */
-    private static boolean isLost(SQLException e) {
-        String state = e.getSQLState();
-        return state == null || Stream.of("08", "57P", "25", "28").anyMatch(state::startsWith);
+    static boolean isOutage(Throwable e) {
+        return e instanceof SQLException sql && (isClass(sql, "08", "57P") || sql.getCause() instanceof IOException);
+    }
+
+    /**
+     * What is mended by another connection, if it is: 25: a transaction that has failed, or may not write, as with a
+     * role that is read-only or a primary that is none any more; 28: the session's rights have changed; 42: a table or
+     * a column is missing, and a new connection makes sure of the schema; no state: the driver itself.
+     */
+    private static final String[] CONNECTION_ONLY = {"25", "28", "42", "none"};
+
+    /** By the first characters of its SQLSTATE (PostgreSQL's manual, appendix A). */
+    private static boolean isClass(SQLException e, String... classes) {
+        String state = Objects.requireNonNullElse(e.getSQLState(), "none");
+        return Stream.of(classes).anyMatch(state::startsWith);
     }
 
     private void abandon(Connection lost) {
@@ -1172,20 +1243,17 @@ final class Messages implements AutoCloseable {
             LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before
                                ORDER BY id DESC LIMIT asked.size) AS message ON true
             ORDER BY asked.n, message.id DESC""".formatted(MICROS, SETTLED);
-    /** What follows a place and is settled. (A place without an id is an older version's.) */
+    /** What follows a place and is settled; and whether the place is one of this database: another one may be restored. */
     private static final String FOLLOWING = """
             SELECT message.id, %s, author, body, instance, message.tx::text,
-                   asked.tx <= pg_snapshot_xmax(pg_current_snapshot()) AND (asked.id = 0
-                       OR EXISTS (SELECT FROM messages WHERE id = asked.id AND messages.tx = asked.tx))
+                   asked.id = 0 AND asked.tx = '0'
+                       OR EXISTS (SELECT FROM messages WHERE id = asked.id AND messages.tx = asked.tx)
             FROM (VALUES (?::text::xid8, ?::bigint)) AS asked (tx, id)
             LEFT JOIN LATERAL (SELECT * FROM messages
                                WHERE (messages.tx, messages.id) > (asked.tx, asked.id)
                                  AND messages.tx < pg_snapshot_xmin(pg_current_snapshot())
                                ORDER BY messages.tx, messages.id LIMIT ?) AS message ON true
             ORDER BY message.tx, message.id""".formatted(MICROS); // `tx` alone is the text above: 10 before 9
-    private static final String PLACE = """
-            SELECT tx::text, id, EXISTS (SELECT FROM messages WHERE id >= ?)
-            FROM messages WHERE id <= ? ORDER BY id DESC LIMIT 1""";
     /** A viewer who was away is brought as many; who misses more is told so. */
     private static final String TOO_FAR = """
             SELECT EXISTS (SELECT FROM messages WHERE (tx, id) > (?::text::xid8, ?)
@@ -1244,10 +1312,19 @@ final class Messages implements AutoCloseable {
                             draft.author(), draft.body(), instance, micros(row.getLong(2))), draft, !isNew));
                 }
             }
-            // The server's only word about a commit that no standby has although one has to have it.
-            if (insert.getWarnings() != null) throw insert.getWarnings();
+            checkCopied(insert.getWarnings());
             return stored;
         }
+    }
+
+    /**
+     * Of all that PostgreSQL may remark, one thing matters: nobody waited until a standby has the commit, although one
+     * has to have it. It has no SQLSTATE of its own, so it is known by the routine that says it (syncrep.c).
+     */
+    private static void checkCopied(SQLWarning first) throws SQLWarning {
+        for (SQLWarning warning = first; warning != null; warning = warning.getNextWarning())
+            if (warning instanceof PSQLWarning remark
+                    && "SyncRepWaitForLSN".equals(remark.getServerErrorMessage().getRoutine())) throw warning;
     }
 
     /**
@@ -1312,8 +1389,8 @@ final class Messages implements AutoCloseable {
     }
 
     private static Stretch following(Connection connection, Following asked) throws SQLException {
-        Cursor place = asked.after(), after = place.tx() >= 0 ? place : placeOf(connection, place);
-        if (after == null || asked.comes() && isTooFar(connection, after)) return Stretch.unknown(place);
+        Cursor after = asked.after().equals(Cursor.NOW) ? settled(connection) : asked.after();
+        if (asked.comes() && isTooFar(connection, after)) return Stretch.unknown(after);
         try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
             select.setString(1, Long.toString(after.tx()));
             select.setLong(2, after.id());
@@ -1326,19 +1403,6 @@ final class Messages implements AutoCloseable {
     private static Cursor settled(Connection connection) throws SQLException {
         try (PreparedStatement select = connection.prepareStatement(SETTLED); ResultSet row = select.executeQuery()) {
             return row.next() ? Cursor.parse(row.getString(1)) : Cursor.FIRST;
-        }
-    }
-
-    /** Where this message stands, or the last one before it; null if there is none, or its id was not given out yet. */
-    private static Cursor placeOf(Connection connection, Cursor named) throws SQLException {
-        if (named.equals(Cursor.NOW)) return settled(connection);
-        try (PreparedStatement select = connection.prepareStatement(PLACE)) {
-            select.setLong(1, named.id());
-            select.setLong(2, named.id());
-            try (ResultSet row = select.executeQuery()) {
-                if (!row.next()) return named.id() == 0 ? Cursor.FIRST : null;
-                return row.getBoolean(3) ? new Cursor(Long.parseLong(row.getString(1)), row.getLong(2)) : null;
-            }
         }
     }
 
@@ -1397,6 +1461,7 @@ final class RedisConnection implements AutoCloseable {
     private final Config.Redis config;
     private final Dependency health;
     private final JedisClientConfig client;
+    private final Refusal<JedisException> refusal = new Refusal<>(); // of a connection
     private Jedis connection;
     private int returnsSeen; // of the server, when this was opened
     private long used = System.nanoTime();
@@ -1419,9 +1484,7 @@ final class RedisConnection implements AutoCloseable {
         try {
             return attempt(work);
         } catch (JedisException e) {
-            if (isLost(e)) health.failed(e);
-            else Log.warn("command_refused", "dependency", health.name(), "reason", Log.reason(e));
-            throw Problem.unavailable(isLost(e) ? "Redis is away" : "Redis refused it");
+            throw Problem.unavailable(health.failed(e) ? "Redis is away" : "Redis refused it");
         }
     }
 
@@ -1429,38 +1492,64 @@ final class RedisConnection implements AutoCloseable {
     synchronized <T> T attempt(Work<T> work) {
         boolean idle = System.nanoTime() - used > IDLE_NANOS;
         if (idle || returnsSeen != health.returns()) close(); // or it leads to a server that went away
-        if (connection == null) Batcher.mayWait();
+        if (connection == null) {
+            Batcher.mayWait();
+            refusal.check();
+        }
         used = System.nanoTime();
         try {
             returnsSeen = health.returns();
             if (connection == null) connection = open();
             return work.with(connection);
         } catch (JedisException e) {
+            if (connection == null && !isOutage(e)) throw refusal.of(e); // it was not let in
             close();
             throw e;
         }
     }
 
-    /** A connection for the caller alone. */
-    Jedis open() { return new Jedis(config.master() == null ? config.hosts().getFirst() : primary(), client); }
-
-    /** The first Sentinel that answers says who it is now. */
-    private HostAndPort primary() {
-        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500)
-                .autoNegotiateProtocol(false).build();
-        JedisException last = null;
-        for (HostAndPort host : config.hosts())
-            try (Jedis sentinel = new Jedis(host, quick)) {
-                List<String> found = sentinel.sentinelGetMasterAddrByName(config.master());
-                if (found != null) return new HostAndPort(found.get(0), Integer.parseInt(found.get(1)));
-            } catch (JedisException next) { last = next; } // ask the others
-        throw new JedisConnectionException("no Sentinel knows where \"" + config.master() + "\" is", last);
+    /** A connection for the caller alone; to a primary, as a write of nothing proves. A replica may be behind. */
+    Jedis open() {
+        Jedis opened = new Jedis(config.master() == null ? config.hosts().getFirst() : primary(), client);
+        try {
+            opened.del(Counters.NOTHING);
+            return opened;
+        } catch (JedisException e) {
+            opened.close();
+            throw e;
+        }
     }
 
-    /** No connection, a server that is loading, or no primary (any more). What else it refuses, it refuses for good. */
-    private static boolean isLost(JedisException e) {
-        return e instanceof JedisConnectionException || e.getMessage() != null
-                && Stream.of("READONLY", "LOADING", "MASTERDOWN").anyMatch(e.getMessage()::contains);
+    /** What a Sentinel knows of the primary, as of an election: epochs are numbered. */
+    private record Elected(String host, String port, String epoch) {}
+
+    /** As most Sentinels have it: one that was cut off, or is new, still knows an earlier primary. */
+    private HostAndPort primary() {
+        Map<Elected, Integer> votes = new HashMap<>();
+        JedisException last = null;
+        for (HostAndPort host : config.hosts())
+            try {
+                Elected elected = ask(host);
+                if (votes.merge(elected, 1, Integer::sum) > config.hosts().size() / 2)
+                    return new HostAndPort(elected.host, Integer.parseInt(elected.port));
+            } catch (JedisException next) { last = next; } // ask the others
+        throw new JedisConnectionException("the Sentinels do not agree where \"" + config.master() + "\" is: "
+                + votes.keySet(), last);
+    }
+
+    private Elected ask(HostAndPort sentinel) {
+        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500)
+                .autoNegotiateProtocol(false).build();
+        try (Jedis connection = new Jedis(sentinel, quick)) {
+            Map<String, String> found = connection.sentinelMaster(config.master());
+            return new Elected(found.get("ip"), found.get("port"), found.get("config-epoch"));
+        }
+    }
+
+    /** Whether it speaks for the server: not there, still loading, or no primary (any more), as one without replicas. */
+    static boolean isOutage(Throwable e) {
+        return e instanceof JedisConnectionException || e instanceof JedisException && e.getMessage() != null
+                && Stream.of("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS").anyMatch(e.getMessage()::contains);
     }
 
     @Override public synchronized void close() {
@@ -1478,7 +1567,7 @@ final class Counters implements AutoCloseable {
     /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
     private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
-    private static final String NOTHING = "visits:nothing"; // a key that is never there
+    static final String NOTHING = "visits:nothing"; // a key that is never there
     /** What wakes the others; and, with the number of the database behind it, who is here. */
     static final String EVENTS = "threefold:events", INSTANCES = "threefold:instances:";
 
@@ -1531,7 +1620,7 @@ final class Counters implements AutoCloseable {
                     List.of(instance, Integer.toString(visits)));
             // A number that only a server that may die has must not be told: the next one would give it again.
             if (config.waitReplicas() > 0 && redis.waitReplicas(config.waitReplicas(), 500) < config.waitReplicas())
-                throw new JedisDataException("NOREPLICAS too few replicas have the count");
+                throw new JedisDataException("too few replicas have the count");
             return (Long) counted;
         });
         return LongStream.rangeClosed(last - visits + 1, last).boxed().toList();
@@ -1609,15 +1698,22 @@ final class Counters implements AutoCloseable {
  * @param requestsPerSecond answered in its last second; null if nobody knows
  */
 record Presence(String instance, String state, String since, String version, Long requestsPerSecond) {
-    static final String READY = "ready", UNAVAILABLE = "unavailable", LEAVING = "leaving", SILENT = "silent",
+    static final String READY = "ready", DEGRADED = "degraded", DRAINING = "draining", SILENT = "silent",
             GONE = "gone", UNKNOWN = "unknown";
 
-    private static final Set<String> STATES = Set.of(READY, UNAVAILABLE, LEAVING, GONE);
+    private static final Set<String> STATES = Set.of(READY, DEGRADED, DRAINING, GONE);
 
     /** Whether an instance can have said so. */
     boolean isValid() {
         return instance != null && instance.matches(Config.INSTANCE) && STATES.contains(String.valueOf(state))
-                && since != null && version != null;
+                && started() != null && version != null;
+    }
+
+    /** {@code since} as a time; null if it is none. */
+    Instant started() {
+        try {
+            return since == null ? null : Instant.parse(since);
+        } catch (DateTimeParseException e) { return null; }
     }
 
     Presence as(String state) { return new Presence(instance, state, since, version, null); }
@@ -1628,15 +1724,19 @@ record Presence(String instance, String state, String since, String version, Lon
 /**
  * Which instances there are. Twice a second each tells all, through Redis, that it lives; as all hear the same, all
  * give the same list. Nothing of it is stored. Who is not heard is silent, then gone, then forgotten.
+ *
+ * <p>An instance is known by its name and its start: where a new one starts before the old one stops, both bear the same
+ * name for a while.
  */
 final class Instances {
     private static final long SILENT_MILLIS = 1_400, GONE_MILLIS = 10_000, FORGOTTEN_MILLIS = 60_000;
     /** More names than this are nobody's instances. */
     private static final int MOST = 1_000, LONGEST = 400;
 
+    private record Start(String instance, Instant started) {}
     private record Heard(Presence said, long at) {}
 
-    private final Map<String, Heard> heard = new ConcurrentHashMap<>();
+    private final Map<Start, Heard> heard = new ConcurrentHashMap<>();
     private volatile boolean listening;
     private volatile long listeningSince; // before, nobody could be heard
 
@@ -1652,15 +1752,23 @@ final class Instances {
     void hear(String json) {
         Presence said = json.length() > LONGEST ? null : Json.read(json, Presence.class);
         if (said == null || !said.isValid()) return;
-        if (heard.size() < MOST || heard.containsKey(said.instance()))
-            heard.put(said.instance(), new Heard(said, now()));
+        Start start = new Start(said.instance(), said.started());
+        if (heard.size() < MOST || heard.containsKey(start)) heard.put(start, new Heard(said, now()));
     }
 
     /** All, by name: web2 before web10. */
     List<Presence> all() {
         heard.values().removeIf(one -> listening && silence(one) > FORGOTTEN_MILLIS);
-        return heard.values().stream().map(this::seen)
-                .sorted(Comparator.comparing(Presence::instance, HtmlPage.BY_NAME)).toList();
+        Map<String, Presence> byName = new TreeMap<>(HtmlPage.BY_NAME);
+        for (Heard one : heard.values()) byName.merge(one.said.instance(), seen(one), Instances::counts);
+        return List.copyOf(byName.values());
+    }
+
+    /** Of two with one name the one that counts: the younger, unless it is gone. */
+    private static Presence counts(Presence one, Presence other) {
+        boolean oneIsGone = one.state().equals(Presence.GONE), otherIsGone = other.state().equals(Presence.GONE);
+        if (oneIsGone != otherIsGone) return oneIsGone ? other : one;
+        return one.started().isAfter(other.started()) ? one : other;
     }
 
     private Presence seen(Heard one) {
@@ -1737,8 +1845,8 @@ final class Events implements AutoCloseable {
         return numbers;
     }
 
-    /** @param last what the viewer was told last, empty if nothing */
-    void join(HttpServerExchange exchange, String last) {
+    /** @param last the place of what the viewer was told last, null if nothing */
+    void join(HttpServerExchange exchange, Cursor last) {
         if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
         exchange.setPersistent(false); // a stream ends with its connection
         exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE).put(Headers.CACHE_CONTROL, "no-store");
@@ -1869,7 +1977,7 @@ final class Events implements AutoCloseable {
         private final StreamSinkChannel sink;
         private Cursor told;             // up to where it has been told; null: ask where "now" is
         private boolean gap;             // what lies between `lost` and "now" is not told
-        private Cursor lost;             // the place where it was; null if it named none that can be read
+        private Cursor lost;             // the place where it was; null if it has none
         private boolean wanted = true, asking; // what follows its place
         private boolean slow;            // it took less than was read for it
         private boolean begun, gone;
@@ -1878,10 +1986,9 @@ final class Events implements AutoCloseable {
         private int heldBytes;
         private long lastSent = System.nanoTime();
 
-        Viewer(HttpServerExchange exchange, String last) {
+        Viewer(HttpServerExchange exchange, Cursor last) {
             this.exchange = exchange;
-            this.told = last.isEmpty() ? null : Cursor.parse(last);
-            this.gap = told == null && !last.isEmpty();
+            this.told = last;
             this.sink = exchange.getResponseChannel();
             sink.getWriteSetter().set(channel -> pump());
             exchange.getConnection().addCloseListener(connection -> leave());
@@ -1954,7 +2061,6 @@ final class Events implements AutoCloseable {
 
         /** In pieces. What a reader who stops does not take is let go, and read again when it goes on. */
         private void tell(Stretch stretch) throws IOException {
-            if (told.tx() < 0) told = stretch.after();
             List<Cursor> cursors = stretch.cursors();
             int[] ends = stretch.ends();
             for (int first = stretch.firstAfter(told), last; first < ends.length; first = last + 1) {

@@ -111,7 +111,7 @@ public final class Train {
         List<Ask> round = new ArrayList<>();
         for (int time = 0; time < OFTEN; time++)
             for (Ask ask : ASKS) if (time < ask.times) round.add(ask);
-        for (int i = 0; i < VIEWERS; i++) watch(port, i % 2 == 0 ? "" : "?after=" + i);
+        for (int i = 0; i < VIEWERS; i++) watch(port, i % 2 == 0 ? "" : "?after=0");
         long began = System.nanoTime();
         try (ExecutorService threads = Executors.newFixedThreadPool(CONNECTIONS)) {
             List<Future<?>> all = new ArrayList<>();

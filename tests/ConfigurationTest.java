@@ -312,7 +312,7 @@ class ConfigurationTest {
                 program.say("keeper", "let in").unavailable();
                 assertTrue(program.get("/").expect(200).json().get("visits").isJsonNull());
                 program.get("/readyz").expect(503);
-                Wait.until("it logs why", () -> program.out().toString().contains("dependency_down"));
+                Wait.until("it logs why", () -> program.out().toString().contains("dependency_refused"));
                 String said = program.out() + "" + program.err();
                 assertFalse(said.contains("my-guess"), said);
             }

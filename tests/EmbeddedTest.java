@@ -227,7 +227,7 @@ class EmbeddedTest {
             try {
                 OutageTest.inTime(() -> program.say("a", "nobody hears")).unavailable();
                 OutageTest.inTime(() -> program.get(kept.header("location"))).unavailable();
-                Wait.until("it is not ready", Wait.PROMISED, () -> program.get("/readyz").status() == 503);
+                Wait.until("it is noticed", Wait.PROMISED, () -> program.get("/readyz").text("status").equals("degraded"));
                 assertTrue(program.visits() > 0);
             } finally { signal("CONT", all.stream()); }
             Wait.until("messages are there again", Wait.PROMISED, () -> program.get(kept.header("location"))

@@ -102,17 +102,38 @@ class InstancesTest {
             leaving.close();
             return null;
         });
-        awaitState(one, "leaving", "leaving", 1_500);
+        awaitState(one, "leaving", "draining", 1_500);
         closed.get();
         awaitState(one, "leaving", "gone", 500);
     }
+
+    /** As where a new one starts before the old one stops. */
+    @Test void with_one_name_are_the_younger_one_while_it_is_there() throws Exception {
+        try (Instance older = begin("twin", Map.of())) {
+            awaitState(one, "twin", "ready", 5_000);
+            String first = since("twin");
+            Instance younger = begin("twin", Map.of());
+            Wait.until("the younger one counts", Duration.ofSeconds(5), () -> !since("twin").equals(first));
+            String second = since("twin");
+            for (int i = 0; i < 60; i++) { // longer than several heartbeats of both
+                assertEquals(second, since("twin"), "the start of the younger one");
+                Thread.sleep(50);
+            }
+            younger.close();
+            Wait.until("the older one goes on", Duration.ofSeconds(2), () -> since("twin").equals(first));
+            awaitState(one, "twin", "ready", 1_500);
+            assertTrue(older.get("/healthz").status() == 200);
+        }
+    }
+
+    private String since(String name) { return seen(one, name).get("since").getAsString(); }
 
     @Test void without_PostgreSQL_say_so() throws Exception {
         try (Cable postgres = new Cable(Servers.databasePort());
              Instance broken = begin("broken", Map.of("DB_PORT", "" + postgres.port()))) {
             awaitState(one, broken.name, "ready", 5_000);
             postgres.cut();
-            awaitState(one, broken.name, "unavailable", 3_000);
+            awaitState(one, broken.name, "degraded", 3_000);
         }
     }
 

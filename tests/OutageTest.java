@@ -88,6 +88,8 @@ class OutageTest {
         return answer;
     }
 
+    static String status(Caller instance) { return instance.get("/readyz").text("status"); }
+
     /** The threads of the services in this process, by name; not those that the tests need to ask them. */
     static Map<String, Integer> threads() {
         Map<String, Integer> count = new TreeMap<>();
@@ -181,12 +183,13 @@ class OutageTest {
                 inTime(() -> instance.get("/api/visits")).expect(200);
                 assertEquals(200, inTime(() -> instance.get("/", "Accept", "text/html")).status());
                 inTime(() -> instance.get("/healthz")).expect(200);
-                Answer ready = inTime(() -> instance.get("/readyz")).expect(503);
+                Answer ready = inTime(() -> instance.get("/readyz")).expect(200);
+                assertEquals("degraded", ready.text("status"));
                 assertEquals("down", ready.json().getAsJsonObject("dependencies").get("postgres").getAsString());
                 wired.postgres.mend();
                 Wait.until("messages are stored again", Wait.PROMISED, () -> instance.say("a", "back", KEY, "back")
                         .status() / 100 == 2);
-                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").status() == 200);
+                Wait.until("it is ready", Wait.PROMISED, () -> instance.get("/readyz").text("status").equals("ready"));
                 assertEquals("kept", instance.get(stored.header("location")).expect(200).text("body"));
                 assertEquals(2, instance.say("a", "not stored", KEY, key).status() / 100);
                 assertEquals(List.of("1"), Servers.sql(wired.database,
@@ -198,7 +201,7 @@ class OutageTest {
             try (Wired wired = new Wired("lone")) {
                 for (int i = 0; i < 3; i++) {
                     wired.postgres.cut();
-                    Wait.until("it is not ready", Wait.PROMISED, () -> wired.instance.get("/readyz").status() == 503);
+                    Wait.until("it is noticed", Wait.PROMISED, () -> status(wired.instance).equals("degraded"));
                     wired.postgres.mend();
                     Wait.until("messages are there again", Wait.PROMISED, () -> wired.instance.get("/api/messages")
                             .status() == 200);
@@ -212,9 +215,9 @@ class OutageTest {
                 wired.instance.say("a", "before").expect(201);
                 wired.instance.get("/api/messages").expect(200);
                 wired.postgres.vanish();
-                Wait.until("it is noticed", () -> wired.instance.get("/readyz").status() == 503);
+                Wait.until("it is noticed", () -> status(wired.instance).equals("degraded"));
                 wired.postgres.mend();
-                Wait.until("it is back", () -> wired.instance.get("/readyz").status() == 200);
+                Wait.until("it is back", () -> status(wired.instance).equals("ready"));
                 wired.instance.say("a", "after").expect(201);
                 wired.instance.get("/api/messages").expect(200);
             }

@@ -22,7 +22,7 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * were told. `unkind` are those that were refused without a word on when to come again. JDK 21, nothing else.
  */
 public final class SlowReaders {
-    private static final Pattern STORED = Pattern.compile("\"id\":([0-9]+)");
+    private static final Pattern CURSOR = Pattern.compile("\"cursor\":\"([0-9-]+)\"");
     private static final int HEAD = 1_024; // of an answer, at most: so much is read at the end
 
     private final String host;
@@ -41,10 +41,11 @@ public final class SlowReaders {
     }
 
     private void run(int messages, int viewers, int pages, int seconds) throws Exception {
-        long first = Long.MAX_VALUE;
-        for (int i = 0; i < messages; i++) first = Math.min(first, storeAgainUntilItIs(i));
+        Matcher before = CURSOR.matcher(answer("GET /api/messages?limit=1 HTTP/1.1", "", new byte[0]));
+        if (!before.find()) throw new IOException("no page of messages was answered");
+        for (int i = 0; i < messages; i++) storeAgainUntilItIs(i);
         for (int i = 0; i < viewers + pages; i++) {
-            String path = i < viewers ? "/api/events?after=" + first
+            String path = i < viewers ? "/api/events?after=" + before.group(1)
                     : i % 2 == 0 ? "/?limit=100" : "/api/messages?limit=100";
             try {
                 readers.add(new Reader(path));
@@ -68,29 +69,30 @@ public final class SlowReaders {
     }
 
     /** Others may have begun to read already; then a large body is told to come again. */
-    private long storeAgainUntilItIs(int number) throws Exception {
+    private void storeAgainUntilItIs(int number) throws Exception {
         for (int tries = 1; ; tries++, Thread.sleep(500))
             try {
-                return store(number);
+                store(number);
+                return;
             } catch (IOException e) {
                 if (tries == 60 || !e.getMessage().contains("Retry-After")) throw e;
             }
     }
 
-    /** @return its id */
-    private long store(int number) throws IOException {
+    private void store(int number) throws IOException {
         byte[] body = ("{\"author\":\"test-failover\",\"body\":\"" + "\ud83d\ude42".repeat(1_990) + number + "\"}")
                 .getBytes(UTF_8);
+        String answer = answer("POST /api/messages HTTP/1.1", "Content-Type: application/json\r\n", body);
+        if (!answer.startsWith("HTTP/1.1 201")) throw new IOException("a message was not stored: " + answer);
+    }
+
+    private String answer(String request, String headers, byte[] body) throws IOException {
         try (Socket socket = new Socket(host, port)) {
             OutputStream out = socket.getOutputStream();
-            out.write(("POST /api/messages HTTP/1.1\r\nHost: " + host
-                    + "\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            out.write((request + "\r\nHost: " + host + "\r\nConnection: close\r\n" + headers
                     + "Content-Length: " + body.length + "\r\n\r\n").getBytes(UTF_8));
             out.write(body);
-            String answer = new String(socket.getInputStream().readAllBytes(), UTF_8);
-            Matcher id = STORED.matcher(answer);
-            if (!id.find()) throw new IOException("a message was not stored: " + answer);
-            return Long.parseLong(id.group(1));
+            return new String(socket.getInputStream().readAllBytes(), UTF_8);
         }
     }
 

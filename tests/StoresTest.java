@@ -25,6 +25,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 import java.util.concurrent.Callable;
+import java.util.stream.Stream;
 import javax.net.ssl.KeyManagerFactory;
 import javax.net.ssl.SSLContext;
 
@@ -55,16 +56,18 @@ class StoresTest {
                 + "'");
     }
 
+    private static Dependency health() { return new Dependency("postgres", Database::isOutage); }
+
     @Nested class A_PostgreSQL {
         @Test void in_which_it_may_make_no_table_is_used_once_it_may() {
             String database = Servers.newDatabase();
             Servers.sql(database, "CREATE ROLE poor LOGIN PASSWORD 'poor'; REVOKE CREATE ON SCHEMA public FROM public");
             try (Instance board = new Instance("poor", as("poor", database))) {
                 board.say("a", "no table").unavailable();
-                board.get("/readyz").expect(503);
+                assertEquals("starting", board.get("/readyz").expect(503).text("status"));
                 Servers.sql(database, "GRANT CREATE ON SCHEMA public TO poor");
                 Wait.until("it makes its table", Wait.PROMISED, () -> board.get("/readyz").status() == 200);
-                board.say("a", "a table").expect(201);
+                Wait.until("it stores", Wait.PROMISED, () -> board.say("a", "a table").status() == 201);
             }
         }
 
@@ -121,14 +124,114 @@ class StoresTest {
                     + "SET synchronous_commit = on"); // the embedded one says off
             var waits = Wait.meanwhile(() -> other.createStatement().execute("CREATE TABLE waits ()"));
             Thread.sleep(300);
-            try (Database writes = new Database(config, new Dependency("postgres"), Database.Use.WRITES)) {
+            try (Database writes = new Database(config, health(), Database.Use.WRITES)) {
                 assertEquals("in", writes.attempt(connection -> "in"), "a commit of this moment is in nobody's way");
             }
             Thread.sleep(1_000);
-            try (Database writes = new Database(config, new Dependency("postgres"), Database.Use.WRITES)) {
+            try (Database writes = new Database(config, health(), Database.Use.WRITES)) {
                 assertThrows(SQLException.class, () -> writes.attempt(connection -> true));
             }
             assertFalse(waits.isDone(), "it waits");
+        }
+
+        @Test void that_remarks_on_something_has_stored_it() {
+            String database = Servers.newDatabase();
+            try (Instance board = new Instance("remarks", Servers.environment(database))) {
+                board.awaitReady();
+                Servers.sql(database, "CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE NOTICE "
+                        + "''seen''; RAISE WARNING ''must be vacuumed''; RETURN NEW; END'; CREATE TRIGGER remark "
+                        + "BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION remark()");
+                board.say("a", "stored").expect(201);
+                board.say("a", "with a key", "Idempotency-Key", "k").expect(201);
+                board.say("a", "with a key", "Idempotency-Key", "k").expect(200);
+                assertEquals("ready", OutageTest.status(board));
+            }
+        }
+
+        @Test void that_lets_go_of_a_commit_before_a_standby_has_it_has_not_stored_it() throws Exception {
+            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("let-go").toString(),
+                    "REDIS_HOST", "none"));
+            try {
+                Config.Postgres to = own.start().postgres();
+                int port = to.hosts().getFirst().getPort();
+                try (Instance board = new Instance("let-go", with("postgres", "DB_PORT", "" + port, "DB_PASS",
+                        to.pass().value()));
+                     Connection look = DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port + "/postgres",
+                             "postgres", to.pass().value());
+                     var work = look.createStatement()) {
+                    board.say("a", "alone").expect(201);
+                    // The remark of a trigger comes before the one that matters.
+                    work.execute("CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE WARNING "
+                            + "''first''; RETURN NEW; END'; CREATE TRIGGER remark BEFORE INSERT ON messages "
+                            + "FOR EACH ROW EXECUTE FUNCTION remark()");
+                    work.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
+                    work.execute("SELECT pg_reload_conf()");
+                    Wait.until("a commit that waits is cancelled and answered with 503", () -> {
+                        var answer = Wait.meanwhile(() -> board.say("a", "nobody else has it"));
+                        boolean cancelled = false;
+                        while (!answer.isDone())
+                            try (var row = work.executeQuery("SELECT pg_cancel_backend(pid) FROM pg_stat_activity "
+                                    + "WHERE wait_event = 'SyncRep'")) { cancelled |= row.next(); }
+                        assertEquals(503, answer.get().status(), "" + answer.get());
+                        return cancelled;
+                    });
+                    work.execute("ALTER SYSTEM RESET synchronous_standby_names");
+                    work.execute("SELECT pg_reload_conf()");
+                }
+            } finally { own.close(); }
+        }
+
+        @Test void in_which_it_may_only_read_is_up() throws Exception {
+            String database = Servers.newDatabase();
+            try (Cable cable = new Cable(Servers.databasePort());
+                 Instance owner = new Instance("owner", Servers.environment(database))) {
+                owner.say("a", "to be read").expect(201);
+                Servers.sql(database, "CREATE ROLE reader LOGIN PASSWORD 'reader'; "
+                        + "ALTER ROLE reader SET default_transaction_read_only = on; GRANT ALL ON messages TO reader");
+                Map<String, String> environment = new HashMap<>(as("reader", database));
+                environment.put("DB_PORT", "" + cable.port());
+                try (Instance board = new Instance("reader", environment);
+                     EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
+                    board.awaitReady();
+                    for (int i = 0; i < 60; i++) {
+                        board.say("a", "may not be written").unavailable();
+                        assertEquals("ready", OutageTest.status(board), "after POST " + i);
+                        board.get("/api/messages").expect(200);
+                    }
+                    viewer.awaits(owner.say("a", "still told").expect(201));
+                    assertFalse(Evidence.all().toString().contains("dependency_down"), "" + Evidence.last(5));
+                }
+            }
+        }
+
+        @Test void whose_password_has_changed_lets_connections_go_on_that_are_open() {
+            String database = Servers.newDatabase();
+            Servers.sql(database, "CREATE ROLE changing LOGIN PASSWORD 'changing'; GRANT ALL ON SCHEMA public TO changing");
+            try (Instance board = new Instance("changing", as("changing", database))) {
+                board.awaitReady();
+                board.say("a", "before").expect(201);
+                board.get("/api/messages").expect(200);
+                Servers.sql(database, "ALTER ROLE changing PASSWORD 'another'");
+                Servers.sql(database, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        + "WHERE usename = 'changing' AND query LIKE '%INSERT INTO messages%'");
+                for (int i = 0; i < 20; i++) {
+                    board.say("a", "not let in").unavailable();
+                    board.get("/api/messages").expect(200);
+                    assertEquals("ready", OutageTest.status(board));
+                }
+                Servers.sql(database, "ALTER ROLE changing PASSWORD 'changing'");
+                Wait.until("it is let in again", Wait.PROMISED, () -> board.say("a", "after").status() == 201);
+            }
+        }
+
+        @Test void that_is_a_standby_is_no_primary() throws Exception {
+            Path copy = Servers.FOLDER.resolve("copy");
+            try (Standby standby = new Standby(copy);
+                 Instance board = new Instance("stale", with("postgres", "DB_PORT", "" + standby.port))) {
+                board.get("/api/messages").unavailable();
+                assertEquals("starting", board.get("/readyz").expect(503).text("status"));
+                Wait.until("it says why", () -> Evidence.all().toString().contains("it is a standby"));
+            }
         }
 
         @Test void of_another_encoding_is_not_used() {
@@ -142,7 +245,7 @@ class StoresTest {
 
         @Test void in_the_middle_of_a_long_statement_is_left_at_once() throws Exception {
             Config config = Config.from(Servers.environment(Servers.newDatabase()));
-            Database database = new Database(config, new Dependency("postgres"), Database.Use.READS);
+            Database database = new Database(config, health(), Database.Use.READS);
             var statement = Wait.meanwhile(() -> database.attempt(connection -> {
                 connection.setNetworkTimeout(Runnable::run, 60_000);
                 return connection.createStatement().execute("SET statement_timeout = 0; SELECT pg_sleep(20)");
@@ -217,7 +320,8 @@ class StoresTest {
                 Servers.sql(database, "INSERT INTO messages (author, body, instance, request_key) VALUES ('a', "
                         + "'by an old one', 'web2', 'k')");
                 board.say("a", "new").expect(201);
-                try (EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=10")) {
+                String tenth = Servers.sql(database, "SELECT tx || '-' || id FROM messages WHERE id = 10").getFirst();
+                try (EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=" + tenth)) {
                     Wait.until("it has what came after message 10", () -> viewer.ids().size() == 242);
                     viewer.checkInTurn();
                 }
@@ -250,7 +354,7 @@ class StoresTest {
                     + "$$ BEGIN PERFORM pg_sleep(5); END $$; CREATE EVENT TRIGGER slow ON ddl_command_start "
                     + "WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow()");
             long began = System.nanoTime();
-            try (Database reads = new Database(Config.from(Servers.environment(database)), new Dependency("postgres"),
+            try (Database reads = new Database(Config.from(Servers.environment(database)), health(),
                     Database.Use.READS)) {
                 assertThrows(SQLException.class, () -> reads.attempt(connection -> true));
             }
@@ -451,6 +555,46 @@ class StoresTest {
             } finally { own.close(); }
         }
 
+        @Test void that_is_a_replica_is_not_read_either() throws Exception {
+            try (RedisProgram replica = new RedisProgram("replicaof 127.0.0.1 1"); Instance board = new Instance(
+                    "old-total", with(Servers.newDatabase(), "REDIS_PORT", "" + replica.port, "REDIS_PASS", ""))) {
+                for (int i = 0; i < 10; i++) {
+                    board.get("/api/visits").unavailable();
+                    assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
+                    Thread.sleep(100);
+                }
+            }
+        }
+
+        /** One that was cut off knows the primary of before; here the cut-off primary still answers as well. */
+        @Test void is_where_most_Sentinels_have_it() throws Exception {
+            try (RedisProgram now = new RedisProgram(); RedisProgram before = new RedisProgram();
+                 RedisProgram stale = sentinel(before, 3);
+                 RedisProgram one = sentinel(now, 4); RedisProgram other = sentinel(now, 4);
+                 Jedis counts = new Jedis("127.0.0.1", now.port)) {
+                counts.set("visits:total", "100");
+                String sentinels = "127.0.0.1:" + stale.port + ",127.0.0.1:" + one.port + ",127.0.0.1:" + other.port;
+                Map<String, String> environment = with(Servers.newDatabase(), "REDIS_SENTINELS", sentinels,
+                        "REDIS_HOST", "", "REDIS_PASS", "");
+                try (Instance board = new Instance("elected", environment)) {
+                    board.awaitReady();
+                    assertEquals(101, board.visits());
+                    assertEquals(101, board.total());
+                }
+                one.close();
+                try (Instance board = new Instance("undecided", environment)) {
+                    Wait.until("it finds no majority", () -> Evidence.all().toString().contains("do not agree"));
+                    assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
+                }
+                try (Jedis old = new Jedis("127.0.0.1", before.port)) { assertFalse(old.exists("visits:total")); }
+            }
+        }
+
+        private static RedisProgram sentinel(RedisProgram primary, int epoch) throws Exception {
+            return new RedisProgram("sentinel monitor threefold 127.0.0.1 " + primary.port + " 2",
+                    "sentinel config-epoch threefold " + epoch, "sentinel down-after-milliseconds threefold 60000");
+        }
+
         @Test void is_used_by_a_user_with_few_rights() throws Exception {
             try (Jedis jedis = in(4); Instance board = board(jedis,
                     "~visits:* ~{visits:total}:* &threefold:* +@all -@admin")) {
@@ -519,7 +663,7 @@ class StoresTest {
                 jedis.set("visits:total", "20");
                 jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
                 Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
-                Dependency health = new Dependency("redis");
+                Dependency health = new Dependency("redis", RedisConnection::isOutage);
                 health.passed();
                 Counters counters = new Counters(config, health);
                 Presence presence = new Presence("settled", Presence.READY, "", "", 0L);
@@ -592,6 +736,94 @@ class StoresTest {
                 assertEquals(good, !board.get("/").expect(200).json().get("visits").isJsonNull());
             }
         }
+    }
+
+    /** A Redis, or a Sentinel, as a program with these lines in its configuration. */
+    private static final class RedisProgram implements AutoCloseable {
+        final int port = Servers.freePort();
+        private final Process process;
+
+        RedisProgram(String... lines) throws Exception {
+            Servers.redisPort(); // unpacks the program
+            Path folder = Files.createDirectories(Servers.FOLDER.resolve("redis-" + port));
+            Path settings = Files.write(folder.resolve("redis.conf"), Stream.concat(
+                    Stream.of("port " + port, "dir " + folder), Stream.of(lines)).toList());
+            List<String> command = new ArrayList<>(List.of(program().toString(), settings.toString()));
+            if (String.join("", lines).startsWith("sentinel")) command.add("--sentinel");
+            process = new ProcessBuilder(command).redirectErrorStream(true)
+                    .redirectOutput(folder.resolve("out").toFile()).start();
+            Wait.until("Redis answers at " + port, () -> {
+                try (Jedis jedis = new Jedis("127.0.0.1", port)) { return jedis.ping().equals("PONG"); }
+            });
+        }
+
+        private static Path program() throws IOException {
+            try (Stream<Path> files = Files.walk(Servers.FOLDER.resolve("shared/redis-programs"))) {
+                return files.filter(file -> file.getFileName().toString().startsWith("redis-server")).findFirst()
+                        .orElseThrow();
+            }
+        }
+
+        @Override public void close() throws InterruptedException {
+            process.destroyForcibly().waitFor();
+        }
+    }
+
+    /** A standby of the server that all tests share: a copy of its folder that follows nobody. */
+    private static final class Standby implements AutoCloseable {
+        final int port = Servers.freePort();
+        private final List<String> pgCtl;
+        private final Path folder;
+
+        Standby(Path folder) throws Exception {
+            this.folder = folder;
+            Servers.databasePort(); // unpacks the programs
+            Path programs = programs();
+            boolean root = ProcessHandle.current().info().user().orElse("").equals("root");
+            pgCtl = root ? List.of("unshare", "-U", programs.resolve("pg_ctl").toString())
+                    : List.of(programs.resolve("pg_ctl").toString());
+            try (Connection primary = Servers.connect("postgres"); var work = primary.createStatement()) {
+                Path from;
+                try (var row = work.executeQuery("SHOW data_directory")) {
+                    row.next();
+                    from = Path.of(row.getString(1));
+                }
+                work.execute("SELECT pg_backup_start('copy', true)"); // the manual, 25.3.3: a copy of the folder
+                copy(from, folder);
+                try (var row = work.executeQuery("SELECT labelfile FROM pg_backup_stop(false)")) {
+                    row.next();
+                    Files.writeString(folder.resolve("backup_label"), row.getString(1));
+                }
+                copy(from.resolve("pg_wal"), folder); // with the end of the backup
+            }
+            Files.deleteIfExists(folder.resolve("postmaster.pid"));
+            Files.write(folder.resolve("standby.signal"), new byte[0]);
+            run("start", "-w", "-l", folder.resolve("log").toString(), "-o", "-p " + port
+                    + " -c max_connections=300 -c unix_socket_directories='' -c listen_addresses=127.0.0.1");
+        }
+
+        private static void copy(Path from, Path to) throws IOException, InterruptedException {
+            new ProcessBuilder("cp", "-a", from.toString(), to.toString()).start().waitFor();
+        }
+
+        private static Path programs() throws IOException {
+            try (Stream<Path> files = Files.walk(Servers.FOLDER.resolve("shared/postgres-programs"))) {
+                return files.filter(file -> file.getFileName().toString().equals("pg_ctl")).findFirst().orElseThrow()
+                        .getParent();
+            }
+        }
+
+        private void run(String... arguments) throws IOException, InterruptedException {
+            List<String> command = new ArrayList<>(pgCtl);
+            command.addAll(List.of("-D", folder.toString()));
+            command.addAll(List.of(arguments));
+            Process process = new ProcessBuilder(command).redirectErrorStream(true)
+                    .redirectOutput(folder.resolve("pg_ctl").toFile()).start();
+            if (process.waitFor() != 0) throw new IOException(Files.readString(folder.resolve("pg_ctl"))
+                    + (Files.exists(folder.resolve("log")) ? Files.readString(folder.resolve("log")) : ""));
+        }
+
+        @Override public void close() throws IOException, InterruptedException { run("stop", "-m", "immediate"); }
     }
 
     /** Takes TLS and passes on what is in it. */
