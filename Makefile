@@ -28,7 +28,7 @@ up: ## builds, starts, waits until all is healthy, prints the address
 
 .PHONY: build
 build: ## builds the image
-	@docker compose build || $(hint)
+	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
 
 .PHONY: exercise
 exercise: ## sends visits and messages for a while and shows live who answered (SECONDS_LONG=20)

@@ -96,7 +96,7 @@ reload_nginx() {
     cat >/tmp/new.conf
     ! cmp -s /tmp/new.conf /tmp/nginx.conf || exit 0
     nginx -t -q -c /tmp/new.conf
-    workers=$(grep -l "worker process" /proc/[0-9]*/cmdline)
+    workers=$(grep -l "^nginx: worker" /proc/[0-9]*/cmdline)
     mv /tmp/new.conf /tmp/nginx.conf
     nginx -c /tmp/nginx.conf -s reload
     # Until nobody takes requests by the old one.
@@ -105,7 +105,7 @@ reload_nginx() {
       sleep 0.1
     done
     echo reloaded' <nginx.conf >"$WORK/nginx" 2>&1 ||
-    { say "nginx.conf cannot be used, nothing was changed: $(sed -n 's/^nginx: \[emerg\] //p' "$WORK/nginx" |
+    { say "nginx.conf cannot be used, nothing was changed: $(sed -nE 's/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx" |
         sed 's|/tmp/new.conf|nginx.conf|')" >&2; exit 1; }
   [ ! -s "$WORK/nginx" ] || say "nginx.conf has changed, and is in force now"
 }

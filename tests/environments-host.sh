@@ -1,4 +1,4 @@
-# shellcheck shell=bash # sourced by tests/environments
+# shellcheck shell=bash disable=SC2016,SC2030,SC2031,SC2164,SC2317 # sourced by tests/environments
 # --- Who types the command: another clone, other line ends, proxies, settings and folders ----------------------------
 # Most of them type it in a copy of this folder, with a stack of its own, in a folder whose name is awkward.
 
@@ -59,7 +59,7 @@ host_line_ends() {
   curl -fsS -m 5 -D "$WORK/head" -H 'Accept: text/html' "$url/" | tr -d '\r' >"$WORK/page" || cat "$WORK/service"
   kill $service; wait $service || true
   for tag in style script; do
-    sum=$(awk -v RS="</?$tag[^>]*>" 'NR == 2 { printf "%s", $0 }' "$WORK/page" | openssl dgst -sha256 -binary | base64)
+    sum=$(awk -v RS="</?${tag}[^>]*>" 'NR == 2 { printf "%s", $0 }' "$WORK/page" | openssl dgst -sha256 -binary | base64)
     check "the sum of the $tag" "$sum" "$(grep -oF "$sum" "$WORK/head" || true)"
   done
 }
@@ -121,7 +121,6 @@ host_compulsory_proxy() {
 }
 
 # .env as editors write it: Compose and the scripts know the same.
-# shellcheck disable=SC2016 # the names are put in later
 env_dot_env() { host_case host_dot_env; }
 host_dot_env() {
   local names='$PORT, $DB_NAME, $DB_USER, $MONITOR_PORT, $MONITOR_PASS, $REDIS_PASS, $WEB_CPUS'
@@ -198,7 +197,7 @@ host_answers() {
 env_exported() { host_case host_exported; }
 host_exported() {
   mkdir "$copy/tmp of mine"
-  export CDPATH=$copy:/ POSIXLY_CORRECT=1 TMPDIR="$copy/tmp of mine" LC_ALL=de_DE.UTF-8 GREP_COLORS='mt=31' MAKEFLAGS=-j2
+  export CDPATH=$copy:/ POSIXLY_CORRECT=1 TMPDIR="$copy/tmp of mine" LC_ALL=de_DE.UTF-8 MAKEFLAGS=-j2
   umask 077
   does "make doctor" make doctor PORT=1
   does "make up" make up
