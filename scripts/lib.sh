@@ -105,8 +105,8 @@ reload_nginx() {
       sleep 0.1
     done
     echo reloaded' <nginx.conf >"$WORK/nginx" 2>&1 ||
-    { say "nginx.conf cannot be used, nothing was changed: $(sed -nE 's/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx" |
-        sed 's|/tmp/new.conf|nginx.conf|')" >&2; exit 1; }
+    { say "nginx.conf cannot be used, nothing was changed: $(sed -nE \
+        's|/tmp/new.conf|nginx.conf|; s/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx")" >&2; exit 1; }
   [ ! -s "$WORK/nginx" ] || say "nginx.conf has changed, and is in force now"
 }
 

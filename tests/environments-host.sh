@@ -59,7 +59,8 @@ host_line_ends() {
   curl -fsS -m 5 -D "$WORK/head" -H 'Accept: text/html' "$url/" | tr -d '\r' >"$WORK/page" || cat "$WORK/service"
   kill $service; wait $service || true
   for tag in style script; do
-    sum=$(awk -v RS="</?${tag}[^>]*>" 'NR == 2 { printf "%s", $0 }' "$WORK/page" | openssl dgst -sha256 -binary | base64)
+    sum=$(awk -v RS="</?${tag}[^>]*>" 'NR == 2 { printf "%s", $0 }' "$WORK/page" |
+      openssl dgst -sha256 -binary | base64)
     check "the sum of the $tag" "$sum" "$(grep -oF "$sum" "$WORK/head" || true)"
   done
 }
@@ -135,7 +136,8 @@ host_dot_env() {
   check "what scripts know" "$compose" "$(clean bash -c ". scripts/lib.sh; say \"$names\"")"
   check "where they ask" http://localhost:9321 "$(clean bash -c '. scripts/lib.sh; say "$URL"')"
   check "the environment comes first" http://localhost:9323 "$(clean PORT=9323 bash -c '. scripts/lib.sh; say "$URL"')"
-  check "what stays in the file" "" "$(clean bash -c '. scripts/lib.sh; env' | grep -E '^(DB_|MONITOR_|POSTGRES_)' || true)"
+  check "what stays in the file" "" "$(clean bash -c '. scripts/lib.sh; env' |
+    grep -E '^(DB_|MONITOR_|POSTGRES_)' || true)"
 }
 
 # A second clone does not take the first one's containers, nor its data.
@@ -166,8 +168,9 @@ host_nginx_conf() {
   local load
   does "make up" make up
   header() { curl -sS -m 5 -D - -o /dev/null "http://localhost:$PORT/healthz" | tr -d '\r' | sed -n 's/^X-Test: //p'; }
-  { while [ ! -e "$WORK/enough" ]; do curl -sS -m 9 -o /dev/null -w '%{http_code}\n' "http://localhost:$PORT/?[1-20]" 2>&1
-    done; } >"$WORK/load" & load=$!
+  while [ ! -e "$WORK/enough" ]; do
+    curl -sS -m 9 -o /dev/null -w '%{http_code}\n' "http://localhost:$PORT/?[1-20]" 2>&1
+  done >"$WORK/load" & load=$!
   sed -i 's/^    server_tokens off;/&\n    add_header X-Test one;/' nginx.conf    # as editors do it: a new file
   does "make up with a changed nginx.conf" make up
   check "it is in force" one "$(header)"
