@@ -13,8 +13,9 @@ host_case() {
     export COMPOSE_PROJECT_NAME=threefold-env-host PORT=$HOST_PORT MONITOR_PORT=$((HOST_PORT + 1))
     trap host_end EXIT; trap 'exit 130' INT TERM
     host_end
-    copy="$WORK/it's grün here" && host_copy "$copy" && cd "$copy"
-    "$1"
+    copy="$WORK/it's grün here"
+    # (Without the copy, a case would do to this folder what it does there.)
+    if host_copy "$copy" && cd "$copy"; then "$1"; else fail "the copy in $copy"; fi
     exit $((failures > 99 ? 99 : failures))
   ) || code=$?
   failures=$((failures + code))
@@ -42,8 +43,7 @@ host_line_ends() {
   git -c init.defaultBranch=main -c core.safecrlf=false init -q
   git -c core.safecrlf=false add -A
   git -c user.name=x -c user.email=x@example.org commit -qm x
-  git clone -q -c core.autocrlf=true . "$WORK/other"
-  cd "$WORK/other"
+  git clone -q -c core.autocrlf=true . "$WORK/other" && cd "$WORK/other" || { fail "the clone"; return; }
   check "scripts with CRLF in a clone of Windows" "" \
     "$(grep -lI $'\r' jbang Makefile scripts/* nginx.conf init.sql page/* 2>/dev/null | paste -sd' ' -)"
   does "make" make
@@ -147,7 +147,7 @@ host_second_clone() {
   does "the first one: make up" make up
   does "make up again" make up
   before=$(ids)
-  host_copy "$WORK/other" && cd "$WORK/other"
+  cp -R "$copy" "$WORK/other" && cd "$WORK/other"
   for target in up down restart 'scale N=4' rolling test-lb; do
     # shellcheck disable=SC2086 # two words
     refuses "the second one: make $target" COMPOSE_PROJECT_NAME make $target </dev/null
