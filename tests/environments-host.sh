@@ -13,8 +13,9 @@ host_case() {
     export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-threefold}-host PORT=$HOST_PORT MONITOR_PORT=$((HOST_PORT + 1))
     trap host_end EXIT; trap 'exit 130' INT TERM
     host_end
-    copy="$WORK/it's grün here" && host_copy "$copy" && cd "$copy"
-    "$1"
+    copy="$WORK/it's grün here"
+    # (Without the copy, a case would do to this folder what it does there.)
+    if host_copy "$copy" && cd "$copy"; then "$1"; else fail "the copy in $copy"; fi
     exit $((failures > 99 ? 99 : failures))
   ) || code=$?
   failures=$((failures + code))
@@ -42,8 +43,7 @@ host_line_ends() {
   git -c init.defaultBranch=main -c core.safecrlf=false init -q
   git -c core.safecrlf=false add -A
   git -c user.name=x -c user.email=x@example.org commit -qm x
-  git clone -q -c core.autocrlf=true . "$WORK/other"
-  cd "$WORK/other"
+  git clone -q -c core.autocrlf=true . "$WORK/other" && cd "$WORK/other" || { fail "the clone"; return; }
   check "scripts with CRLF in a clone of Windows" "" \
     "$(grep -lI $'\r' jbang Makefile scripts/* nginx.conf init.sql page/* 2>/dev/null | paste -sd' ' -)"
   does "make" make
@@ -59,7 +59,8 @@ host_line_ends() {
   curl -fsS -m 5 -D "$WORK/head" -H 'Accept: text/html' "$url/" | tr -d '\r' >"$WORK/page" || cat "$WORK/service"
   kill $service; wait $service || true
   for tag in style script; do
-    sum=$(awk -v RS="</?${tag}[^>]*>" 'NR == 2 { printf "%s", $0 }' "$WORK/page" | openssl dgst -sha256 -binary | base64)
+    sum=$(awk -v RS="</?${tag}[^>]*>" 'NR == 2 { printf "%s", $0 }' "$WORK/page" |
+      openssl dgst -sha256 -binary | base64)
     check "the sum of the $tag" "$sum" "$(grep -oF "$sum" "$WORK/head" || true)"
   done
 }
@@ -134,7 +135,8 @@ host_dot_env() {
   check "what scripts know" "$compose" "$(clean bash -c ". scripts/lib.sh; say \"$names\"")"
   check "where they ask" http://localhost:9321 "$(clean bash -c '. scripts/lib.sh; say "$URL"')"
   check "the environment comes first" http://localhost:9323 "$(clean PORT=9323 bash -c '. scripts/lib.sh; say "$URL"')"
-  check "what stays in the file" "" "$(clean bash -c '. scripts/lib.sh; env' | grep -E '^(DB_|MONITOR_|POSTGRES_)' || true)"
+  check "what stays in the file" "" "$(clean bash -c '. scripts/lib.sh; env' |
+    grep -E '^(DB_|MONITOR_|POSTGRES_)' || true)"
 }
 
 # A second clone does not take the first one's containers, nor its data.
@@ -144,7 +146,7 @@ host_second_clone() {
   does "the first one: make up" make up
   does "make up again" make up
   before=$(ids)
-  host_copy "$WORK/other" && cd "$WORK/other"
+  cp -R "$copy" "$WORK/other" && cd "$WORK/other"
   for target in up down restart 'scale N=4' rolling test-lb; do
     # shellcheck disable=SC2086 # two words
     refuses "the second one: make $target" COMPOSE_PROJECT_NAME make $target </dev/null
@@ -162,7 +164,7 @@ host_second_clone() {
   does "by a symbolic link: make restart" make restart
   rm "$WORK/link"
   mv "$copy" "$WORK/moved" && cd "$WORK/moved"
-  does "a folder that was moved: make clean" make clean <<<yes
+  does "a folder that was moved: make clean" bash -c "make clean <<<yes"
   check "containers after that" "" "$(ids)"
 }
 
@@ -172,8 +174,9 @@ host_nginx_conf() {
   local load
   does "make up" make up
   header() { curl -sS -m 5 -D - -o /dev/null "http://localhost:$PORT/healthz" | tr -d '\r' | sed -n 's/^X-Test: //p'; }
-  { while [ ! -e "$WORK/enough" ]; do curl -sS -m 9 -o /dev/null -w '%{http_code}\n' "http://localhost:$PORT/?[1-20]" 2>&1
-    done; } >"$WORK/load" & load=$!
+  while [ ! -e "$WORK/enough" ]; do
+    curl -sS -m 9 -o /dev/null -w '%{http_code}\n' "http://localhost:$PORT/?[1-20]" 2>&1
+  done >"$WORK/load" & load=$!
   sed -i 's/^    server_tokens off;/&\n    add_header X-Test one;/' nginx.conf    # as editors do it: a new file
   does "make up with a changed nginx.conf" make up
   check "it is in force" one "$(header)"
