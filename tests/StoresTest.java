@@ -632,6 +632,12 @@ class StoresTest {
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                     Thread.sleep(100);
                 }
+                Dependency health = new Dependency("redis", RedisConnection::isOutage);
+                health.passed(); // as another connection has it, which leads to the primary
+                try (Counters counters = new Counters(Config.from(with("none", "REDIS_PORT", "" + replica.port,
+                        "REDIS_PASS", "")), health)) {
+                    assertThrows(Problem.class, counters::read, "each connection proves where it leads");
+                }
             }
         }
 
