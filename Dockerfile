@@ -36,9 +36,11 @@ RUN /opt/jdk/bin/jlink --output java --no-header-files --no-man-pages --strip-ja
 RUN install -D /usr/lib/locale/C.utf8/LC_CTYPE locale/C.utf8/LC_CTYPE
 # --- Dependencies, before the source.
 COPY --from=deps /deps /deps
+COPY jbang /deps/bin/
+# (The launcher tells JBang of a proxy; Docker passes on the one that its config.json names.)
 RUN for list in runtime training; do \
       mkdir /deps/$list \
-      && jbang info classpath /deps/$list.java | tr ':' '\n' | grep -v "/$list.jar$" \
+      && /deps/bin/jbang info classpath /deps/$list.java | tr ':' '\n' | grep -v "/$list.jar$" \
        | xargs cp -t /deps/$list || exit; \
     done && mv /deps/runtime lib
 # --- The service.

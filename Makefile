@@ -22,12 +22,13 @@ help:
 
 .PHONY: up
 up: ## builds, starts, waits until all is healthy, prints the address
+	@. scripts/lib.sh && own_stack && reload_nginx
 	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
 	@. scripts/lib.sh && say "Threefold answers at $$URL"
 
 .PHONY: build
 build: ## builds the image
-	@docker compose build || $(hint)
+	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
 
 .PHONY: exercise
 exercise: ## sends visits and messages for a while and shows live who answered (SECONDS_LONG=20)
@@ -47,7 +48,7 @@ trace: ## follows one request through all logs: make trace ID=… (the X-Request
 
 .PHONY: restart
 restart: ## restarts every container
-	@docker compose restart && . scripts/lib.sh && wait_ready
+	@. scripts/lib.sh && own_stack && docker compose restart && wait_ready
 
 .PHONY: rolling
 rolling: build ## builds, and replaces the web instances one at a time, without a failed request
@@ -63,14 +64,16 @@ monitor: ## Prometheus beside it, with rules and alerts, at port 9090 (GRAFANA=1
 
 .PHONY: down
 down: ## stops it; the data stay
-	@$(all_of_it) down --remove-orphans
+	@. scripts/lib.sh && own_stack && $(all_of_it) down --remove-orphans
 
 .PHONY: clean
 clean: ## stops it and removes data and the image, after asking
-	@read -rp "This deletes all messages and counters, and the image. Type yes: " answer; \
+	@. scripts/lib.sh && own_stack
+	@name=$$(docker compose config | sed -n 's/^name: //p'); \
+	  read -rp "This deletes all messages and counters of the stack \"$$name\", and the image. Type yes: " answer; \
 	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
 	@$(all_of_it) down --remove-orphans --volumes
-	@. scripts/env.sh && docker image rm --force "$${WEB_IMAGE:-threefold-web}" >/dev/null
+	@docker image rm --force "$$(docker compose config web1 | sed -n 's/^    image: //p' | tail -n 1)" >/dev/null
 
 ##@ Proof
 

@@ -223,10 +223,10 @@ public final class Service implements AutoCloseable {
         } catch (Exception e) { Log.warn("stop_failed", "reason", Log.reason(e)); }
     }
 
-    /** The text of a file that //FILES brought along. */
+    /** The text of a file that //FILES brought along; with LF, as a browser reads it, however git wrote the file. */
     static String resource(String name) {
         try (InputStream in = Service.class.getResourceAsStream(name)) {
-            return new String(in.readAllBytes(), UTF_8);
+            return new String(in.readAllBytes(), UTF_8).replace("\r\n", "\n");
         } catch (IOException e) { throw new UncheckedIOException(e); }
     }
 }

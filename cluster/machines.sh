@@ -2,6 +2,7 @@
 # Three machines inside this one, to try the cluster on: each has a network and a Docker engine of its own, and hears of
 # the others through a bridge alone. For Linux, as root. Sourced by up, down and tests/cluster.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MACHINES="1 2 3"

@@ -2,8 +2,12 @@
 # What the test scripts share. They need bash, curl and Docker, and work on a stack that has been used before.
 # Source it from the top-level folder's scripts; it goes there, stops on errors, and cleans up.
 set -euo pipefail
+unset CDPATH # with it, cd may go elsewhere, and says where
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh
+# Numbers and order are the same in every language; characters stay the caller's.
+export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C
+unset LC_ALL
 
 URL=${URL:-http://localhost:${PORT:-9999}}
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
@@ -22,6 +26,9 @@ need_bash_4() {
 say()  { printf '%s\n' "$*"; }
 pass() { printf '  ok    %s\n' "$*"; }
 fail() { printf '  FAIL  %s\n' "$*"; failures=$((failures + 1)); }
+
+# What is asked is on this machine or in its containers: no proxy knows it.
+curl() { command curl --noproxy '*' "$@"; }
 
 # check WHAT EXPECTED SEEN: one line, with both sides when they differ
 check() { if [ "$2" = "$3" ]; then pass "$1: $3"; else fail "$1: expected $2, saw $3"; fi; }
@@ -63,8 +70,49 @@ wait_ready() {
   done
 }
 
+# own_stack: stops when the stack of this name belongs to another folder, who would lose its containers or its data
+own_stack() {
+  local ids folder known
+  ids=$(docker compose --profile monitor --profile grafana ps -aq) && [ -n "$ids" ] || return 0
+  while IFS= read -r folder; do
+    # A folder that was moved or removed has no claim; but one that we may not look into is not gone.
+    known=$folder
+    while [ ! -e "$known" ] && [ "$known" != . ]; do known=$(dirname "$known"); done
+    [ ! . -ef "$folder" ] && { [ -e "$folder/docker-compose.yml" ] || [ ! -x "$known" ]; } || continue
+    say "The stack of this name runs from $folder. For one of this folder's own, set COMPOSE_PROJECT_NAME and PORT" \
+      "(and MONITOR_PORT), in the environment or in .env: COMPOSE_PROJECT_NAME=threefold-2 PORT=9998 make up" >&2
+    exit 1
+  done < <(xargs docker inspect --format '{{index .Config.Labels "com.docker.compose.project.working_dir"}}' <<<"$ids" |
+    sort -u)
+}
+
+# reload_nginx: from now on nginx.conf holds as it is, without a lost request; one with a fault changes nothing
+reload_nginx() {
+  [ -n "$(docker compose ps -q --status running nginx)" ] || return 0
+  # (The mounted file stays the old one when an editor writes it anew, until the container is started again.)
+  # shellcheck disable=SC2016 # for the shell there
+  docker compose exec -T nginx sh -ec '
+    [ -e /tmp/nginx.conf ] || exit 0         # an earlier version of this project started it: Compose makes it anew
+    cat >/tmp/new.conf
+    ! cmp -s /tmp/new.conf /tmp/nginx.conf || exit 0
+    nginx -t -q -c /tmp/new.conf
+    workers=$(grep -l "^nginx: worker" /proc/[0-9]*/cmdline)
+    mv /tmp/new.conf /tmp/nginx.conf
+    nginx -c /tmp/nginx.conf -s reload
+    # Until nobody takes requests by the old one.
+    for _ in $(seq 50); do
+      grep -L "shutting down" $workers 2>/dev/null | grep . >/dev/null || break
+      sleep 0.1
+    done
+    echo reloaded' <nginx.conf >"$WORK/nginx" 2>&1 ||
+    { say "nginx.conf cannot be used, nothing was changed: $(sed -nE \
+        's|/tmp/new.conf|nginx.conf|; s/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx")" >&2; exit 1; }
+  [ ! -s "$WORK/nginx" ] || say "nginx.conf has changed, and is in force now"
+}
+
 # need_stack: says what to do when nothing is running
 need_stack() {
+  own_stack
   curl -fsS -m 5 -o "$WORK/ready" "$URL/readyz" 2>"$WORK/error" && return 0
   say "The stack does not answer at $URL/readyz ($(cat "$WORK/error"))."
   say "Start it with \`make up\`; \`make doctor\` says what may be missing."

@@ -84,7 +84,7 @@ total() {
 viewing_and_held() {
   local name
   for name in web1 web2 web3; do
-    docker compose exec -T nginx curl -sS -m 5 "http://$name:9999/metrics" | awk -v name=$name '
+    docker compose exec -T nginx curl --noproxy "*" -sS -m 5 "http://$name:9999/metrics" | awk -v name=$name '
       $1 ~ /event_viewers$/ { viewers = int($2) } $1 ~ /held_bytes$/ { held = int($2) }
       END { print name, viewers, held }'
   done

@@ -149,7 +149,7 @@ build_again() {
   local began copy=$WORK/copy step downloads
   progress "15  building again after a changed line"
   mkdir "$copy" "$copy/tests" "$copy/tests/bench"
-  cp -r init.sql openapi.json page Dockerfile .dockerignore docker-compose.yml scripts monitor "$copy"
+  cp -r init.sql openapi.json page jbang Dockerfile .dockerignore docker-compose.yml scripts monitor "$copy"
   cp tests/bench/compose.yml "$copy/tests/bench"
   sed "s/^public final class Service/\/** $RUN *\/ &/" Service.java >"$copy/Service.java"
   began=$(now)
