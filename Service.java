@@ -226,7 +226,7 @@ public final class Service implements AutoCloseable {
     /** The text of a file that //FILES brought along; with LF, as a browser reads it, however git wrote the file. */
     static String resource(String name) {
         try (InputStream in = Service.class.getResourceAsStream(name)) {
-            return new String(in.readAllBytes(), UTF_8).replace("\r\n", "\n");
+            return new String(in.readAllBytes(), UTF_8).replaceAll("\r\n?", "\n");
         } catch (IOException e) { throw new UncheckedIOException(e); }
     }
 }
