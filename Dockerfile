@@ -37,8 +37,12 @@ RUN install -D /usr/lib/locale/C.utf8/LC_CTYPE locale/C.utf8/LC_CTYPE
 # --- Dependencies, before the source.
 COPY --from=deps /deps /deps
 COPY jbang /deps/bin/
-# (The launcher tells JBang of a proxy; Docker passes on the one that its config.json names.)
-RUN for list in runtime training; do \
+# The launcher tells JBang of the caller's proxy. One at a loopback address is the caller's machine alone: nothing in
+# here reaches it.
+RUN case ,${https_proxy#*//},${http_proxy#*//} in \
+      *,localhost* | *,127.* | *,\[::1\]*) unset https_proxy http_proxy HTTPS_PROXY HTTP_PROXY ;; \
+    esac \
+ && for list in runtime training; do \
       mkdir /deps/$list \
       && /deps/bin/jbang info classpath /deps/$list.java | tr ':' '\n' | grep -v "/$list.jar$" \
        | xargs cp -t /deps/$list || exit; \

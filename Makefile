@@ -4,6 +4,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# What a caller has exported under these names is not meant for make (WSL exports NAME, the computer's).
+$(foreach name,NAME ID N FILE CASE WHAT,$(if $(findstring environment,$(origin $(name))),$(eval $(name) :=)))
+
 # Said when a target fails for want of something; `make doctor` finds out what.
 hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be missing." >&2; exit $$code; }
 
@@ -22,9 +25,9 @@ help:
 
 .PHONY: up
 up: ## builds, starts, waits until all is healthy, prints the address
-	@. scripts/lib.sh && own_stack && reload_nginx
+	@. scripts/lib.sh && own_stack && claim_data && check_nginx
 	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
-	@. scripts/lib.sh && say "Threefold answers at $$URL"
+	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $$URL"
 
 .PHONY: build
 build: ## builds the image
@@ -48,7 +51,7 @@ trace: ## follows one request through all logs: make trace ID=… (the X-Request
 
 .PHONY: restart
 restart: ## restarts every container
-	@. scripts/lib.sh && own_stack && docker compose restart && wait_ready
+	@. scripts/lib.sh && own_stack && check_nginx && docker compose restart && wait_ready
 
 .PHONY: rolling
 rolling: build ## builds, and replaces the web instances one at a time, without a failed request

@@ -68,23 +68,54 @@ wait_ready() {
   done
 }
 
+# The label by which Compose notes the folder of each container. A volume has it from `make up`.
+FOLDER=com.docker.compose.project.working_dir
+
+# data_volume: the name of the volume that holds the messages, and after it whatever else an override file sets for it
+data_volume() {
+  docker compose config | awk '/^[^ ]/ { volumes = $1 == "volumes:" } /^  [^ ]/ { mine = $1 == "postgres-data:"; next }
+    volumes && mine { sub(/^ *name: /, ""); print }'
+}
+
 # own_stack: stops when the stack of this name belongs to another folder, who would lose its containers or its data
 own_stack() {
   local ids folder known
-  ids=$(docker compose --profile monitor --profile grafana ps -aq) && [ -n "$ids" ] || return 0
+  ids=$(docker compose --profile monitor --profile grafana ps -aq) || return 0
   while IFS= read -r folder; do
     # A folder that was moved or removed has no claim; but one that we may not look into is not gone.
     known=$folder
     while [ ! -e "$known" ] && [ "$known" != . ]; do known=$(dirname "$known"); done
     [ ! . -ef "$folder" ] && { [ -e "$folder/docker-compose.yml" ] || [ ! -x "$known" ]; } || continue
-    say "The stack of this name runs from $folder. For one of this folder's own, set COMPOSE_PROJECT_NAME and PORT" \
+    say "The stack of this name belongs to $folder. For one of this folder's own, set COMPOSE_PROJECT_NAME and PORT" \
       "(and MONITOR_PORT), in the environment or in .env: COMPOSE_PROJECT_NAME=threefold-2 PORT=9998 make up" >&2
     exit 1
-  done < <(xargs docker inspect --format '{{index .Config.Labels "com.docker.compose.project.working_dir"}}' <<<"$ids" |
-    sort -u)
+  done < <({
+    if [ -n "$ids" ]; then xargs docker inspect --format "{{index .Config.Labels \"$FOLDER\"}}" <<<"$ids"
+    else docker volume inspect --format "{{index .Labels \"$FOLDER\"}}" "$(data_volume | sed -n 1p)" 2>/dev/null; fi
+  } | grep . | sort -u)
 }
 
-# reload_nginx: from now on nginx.conf holds as it is, without a lost request; one with a fault changes nothing
+# claim_data: new data know their folder too, for when there are no containers. (Compose takes a volume that has these
+# labels. It would have to delete one to label it later; and one with settings of an override file is for it to make.)
+claim_data() {
+  local volume
+  volume=$(data_volume)
+  [[ "$volume" != *$'\n'* ]] && ! docker volume inspect "$volume" >/dev/null 2>&1 || return 0
+  docker volume create --label "$FOLDER=$(pwd -P)" --label com.docker.compose.volume=postgres-data \
+    --label "com.docker.compose.project=$(docker compose config | sed -n 's/^name: //p')" "$volume" >/dev/null
+}
+
+# check_nginx: stops when nginx runs by another nginx.conf than ours, and could not run by ours
+check_nginx() {
+  [ -n "$(docker compose ps -q --status running nginx)" ] || return 0
+  ! docker compose exec -T nginx cmp -s - /tmp/nginx.conf <nginx.conf || return 0
+  # In a container of its own, since a new nginx.conf may need what Compose will give to the next one.
+  docker compose run --rm --no-deps -T nginx nginx -t -q </dev/null >"$WORK/nginx" 2>&1 ||
+    { say "nginx.conf cannot be used, nothing was changed: $(sed -nE 's|/etc/nginx/nginx.conf|nginx.conf|
+        s/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx" | grep . || tail -n 1 "$WORK/nginx")" >&2; exit 1; }
+}
+
+# reload_nginx: from now on nginx.conf holds as it is, without a lost request (see check_nginx)
 reload_nginx() {
   [ -n "$(docker compose ps -q --status running nginx)" ] || return 0
   # (The mounted file stays the old one when an editor writes it anew, until the container is started again.)
@@ -103,8 +134,7 @@ reload_nginx() {
       sleep 0.1
     done
     echo reloaded' <nginx.conf >"$WORK/nginx" 2>&1 ||
-    { say "nginx.conf cannot be used, nothing was changed: $(sed -nE \
-        's|/tmp/new.conf|nginx.conf|; s/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx")" >&2; exit 1; }
+    { say "nginx.conf could not be put in force: $(tail -n 1 "$WORK/nginx")" >&2; exit 1; }
   [ ! -s "$WORK/nginx" ] || say "nginx.conf has changed, and is in force now"
 }
 

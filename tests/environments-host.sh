@@ -10,7 +10,7 @@ host_case() {
   (
     failures=0
     unset COMPOSE_FILE WEB_IMAGE URL
-    export COMPOSE_PROJECT_NAME=threefold-env-host PORT=$HOST_PORT MONITOR_PORT=$((HOST_PORT + 1))
+    export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-threefold}-host PORT=$HOST_PORT MONITOR_PORT=$((HOST_PORT + 1))
     trap host_end EXIT; trap 'exit 130' INT TERM
     host_end
     copy="$WORK/it's grün here"
@@ -73,13 +73,13 @@ host_proxies() {
   mkdir "$copy/docker"
   cp -R "${DOCKER_CONFIG:-$HOME/.docker}/." "$copy/docker" 2>/dev/null || true
   printf '{"proxies": {"default": {"httpProxy": "%s", "httpsProxy": "%s"}}}\n' $nowhere $nowhere >docker/config.json
-  export DOCKER_CONFIG=$copy/docker http_proxy=$nowhere https_proxy=$nowhere HTTP_PROXY=$nowhere HTTPS_PROXY=$nowhere
+  export DOCKER_CONFIG=$copy/docker http_proxy=$nowhere https_proxy=$nowhere HTTP_PROXY=$nowhere HTTPS_PROXY=$nowhere \
+    all_proxy=$nowhere ALL_PROXY=$nowhere
   does "make up" make up
   check "a container's proxy" $nowhere "$(docker compose exec -T web1 printenv http_proxy </dev/null)"
   does "make test-lb" make test-lb
-  does "make exercise" make exercise SECONDS_LONG=2
+  does "make exercise" make exercise SECONDS_LONG=1
   does "make scale" make scale N=4
-  does "make rolling" scripts/rolling
   does "make monitor" make monitor
 }
 
@@ -110,15 +110,14 @@ host_compulsory_proxy() {
   does "jbang behind a compulsory proxy" behind https_proxy=http://$proxy:8888 http_proxy=http://$proxy:8888 \
     ./jbang info classpath A.java
   check "what it downloaded" slf4j-api-2.0.17.jar "$(find "$WORK/other/m2" -name 'slf4j-api*.jar' -exec basename {} \;)"
-  mkdir docker
-  cp -R "${DOCKER_CONFIG:-$HOME/.docker}/." docker 2>/dev/null || true
-  printf '{"proxies": {"default": {"httpProxy": "%s", "httpsProxy": "%s"}}}\n' http://$proxy:8888 http://$proxy:8888 \
-    >docker/config.json
   central=${central#*://} central=${central%%/*}
-  printf '%s\n' 'services:' '  web1:' '    build:' "      extra_hosts: {$central: 192.0.2.1}" >override.yml
-  echo "# $RUN" >>jbang # so that nothing of it comes from the builder's cache
-  does "the image behind a compulsory proxy" env DOCKER_CONFIG="$copy/docker" \
+  # (The stage that downloads; what follows it needs nothing from outside.)
+  printf '%s\n' 'services:' '  web1:' '    build:' '      target: build' "      extra_hosts: {$central: 192.0.2.1}" >override.yml
+  echo "# $RUN" >>jbang # so that the downloads do not come from the builder's cache
+  : >"$WORK/proxy.log"
+  does "the image behind a compulsory proxy" env https_proxy=http://$proxy:8888 \
     docker compose -f docker-compose.yml -f override.yml --progress plain build web1
+  check "what its build asked the proxy for" "$central" "$(grep -o "CONNECT $central" "$WORK/proxy.log" | sed -n '1s/.* //p')"
 }
 
 # .env as editors write it: Compose and the scripts know the same.
@@ -154,11 +153,18 @@ host_second_clone() {
   done
   refuses "the second one: make clean" COMPOSE_PROJECT_NAME make clean <<<yes
   check "the first one's containers" "$before" "$(ids)"
+  cd "$copy" && does "the first one: make down" make down
+  cd "$WORK/other"
+  refuses "the second one, when only data are left: make up" COMPOSE_PROJECT_NAME make up </dev/null
+  refuses "the second one, when only data are left: make clean" COMPOSE_PROJECT_NAME make clean <<<yes
+  check "the first one's data" "$COMPOSE_PROJECT_NAME"_postgres-data \
+    "$(docker volume ls -q --filter name="^${COMPOSE_PROJECT_NAME}_postgres-data")"
+  cd "$copy" && does "the first one: make up" make up
   ln -s "$copy" "$WORK/link" && cd "$WORK/link"
   does "by a symbolic link: make restart" make restart
   rm "$WORK/link"
   mv "$copy" "$WORK/moved" && cd "$WORK/moved"
-  does "a folder that was moved: make down" make down
+  does "a folder that was moved: make clean" make clean <<<yes
   check "containers after that" "" "$(ids)"
 }
 
