@@ -1480,7 +1480,7 @@ final class Messages implements AutoCloseable {
 final class RedisConnection implements AutoCloseable {
     interface Work<T> { T with(Jedis redis); }
 
-    /** Servers, and proxies before them, close what is idle, and a count can't be tried twice: so it is tested before. */
+    /** Servers, and proxies before them, close what is idle. A count can't be tried twice: so it is tested. */
     private static final long IDLE_NANOS = 1_000_000_000;
 
     private final Config.Redis config;

@@ -138,7 +138,8 @@ class StoresTest {
             try (Instance board = new Instance("remarks", Servers.environment(database))) {
                 board.awaitReady();
                 Servers.sql(database, "CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN "
-                        + "RAISE NOTICE ''seen''; RAISE WARNING ''must be vacuumed''; RETURN NEW; END'; CREATE TRIGGER remark "
+                        + "RAISE NOTICE ''seen''; RAISE WARNING ''must be vacuumed''; RETURN NEW; END'; "
+                        + "CREATE TRIGGER remark "
                         + "BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION remark()");
                 board.say("a", "stored").expect(201);
                 board.say("a", "with a key", "Idempotency-Key", "k").expect(201);
@@ -266,7 +267,8 @@ class StoresTest {
                 Wait.until("it serves", Duration.ofSeconds(20), () -> board.get("/readyz").status() == 200);
                 Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
                         + "LANGUAGE plpgsql AS 'BEGIN INSERT INTO seen VALUES (current_setting(''TimeZone'')); "
-                        + "RETURN NEW; END'; CREATE TRIGGER look BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION look()");
+                        + "RETURN NEW; END'; CREATE TRIGGER look BEFORE INSERT ON messages FOR EACH ROW "
+                        + "EXECUTE FUNCTION look()");
                 board.say("a", "b").expect(201);
                 assertEquals(List.of("UTC"), Servers.sql(database, "SELECT setting FROM seen"));
             }
