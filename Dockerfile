@@ -39,7 +39,8 @@ COPY --from=deps /deps /deps
 COPY jbang /deps/bin/
 # The launcher tells JBang of the caller's proxy. One at a loopback address is the caller's machine alone: nothing in
 # here reaches it.
-RUN case ,${https_proxy#*//},${http_proxy#*//} in \
+RUN https_proxy=${https_proxy-} http_proxy=${http_proxy-} \
+ && case ,${https_proxy#*//},${http_proxy#*//} in \
       *,localhost* | *,127.* | *,\[::1\]*) unset https_proxy http_proxy HTTPS_PROXY HTTP_PROXY ;; \
     esac \
  && for list in runtime training; do \

@@ -73,7 +73,7 @@ down: ## stops it; the data stay
 clean: ## stops it and removes data and the image, after asking
 	@. scripts/lib.sh && own_stack
 	@name=$$(docker compose config | sed -n 's/^name: //p'); \
-	  read -rp "This deletes all messages and counters of the stack \"$$name\", and the image. Type yes: " answer; \
+	  read -rp "This deletes all messages and counters of the stack \"$$name\", and the image. Type yes: " answer || :; \
 	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
 	@$(all_of_it) down --remove-orphans --volumes
 	@docker image rm --force "$$(docker compose config web1 | sed -n 's/^    image: //p' | tail -n 1)" >/dev/null

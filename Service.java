@@ -226,7 +226,7 @@ public final class Service implements AutoCloseable {
     /** The text of a file that //FILES brought along; with LF, as a browser reads it, however git wrote the file. */
     static String resource(String name) {
         try (InputStream in = Service.class.getResourceAsStream(name)) {
-            return new String(in.readAllBytes(), UTF_8).replace("\r\n", "\n");
+            return new String(in.readAllBytes(), UTF_8).replaceAll("\r\n?", "\n");
         } catch (IOException e) { throw new UncheckedIOException(e); }
     }
 }
@@ -724,7 +724,8 @@ record Cursor(long tx, long id) implements Comparable<Cursor> {
     static Cursor parse(String text) {
         if (text.equals("0")) return FIRST;
         Matcher matcher = TEXT.matcher(text);
-        return matcher.matches() ? new Cursor(Long.parseLong(matcher.group(1)), Long.parseLong(matcher.group(2))) : null;
+        if (!matcher.matches()) return null;
+        return new Cursor(Long.parseLong(matcher.group(1)), Long.parseLong(matcher.group(2)));
     }
 
     @Override public int compareTo(Cursor other) {
@@ -1025,7 +1026,7 @@ final class Dependency implements AutoCloseable {
     @Override public void close() { if (watcher != null) watcher.interrupt(); }
 }
 
-/** What a server has just refused is not tried again for a second: its log stays readable, and it has time for others. */
+/** What a server has just refused is not tried again for a second: its log stays readable. */
 final class Refusal<E extends Exception> {
     private static final long NANOS = 1_000_000_000;
     private E last;
@@ -1171,7 +1172,7 @@ final class Database implements AutoCloseable {
         else if (!hasSchema(statement)) {
             if (isTrue(statement, "SELECT to_regclass('messages') IS NOT NULL AND NOT EXISTS (SELECT FROM pg_attribute "
                     + "WHERE attrelid = to_regclass('messages') AND attname = 'request_key')"))
-                throw new SQLException("its table \"messages\" is another program's: DB_NAME needs a database of its own",
+                throw new SQLException("its table \"messages\" is another program's: DB_NAME needs another database",
                         "42P07");
             // Each by itself: while the index of a large table is made nobody writes, but those who are here can read.
             for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
@@ -1209,7 +1210,7 @@ final class Database implements AutoCloseable {
     }
 
     /**
-     * Whether a failure speaks for the server. Class 08: it can't be reached; 57P: it is stopping, starting, or has been
+     * Whether a failure speaks for the server. Class 08: it can't be reached; 57P: it is stopping, starting, or was
      * told to end sessions; or the socket broke. (A first one costs its connection only: see attempt.)
      */
     static boolean isOutage(Throwable e) {
@@ -1267,7 +1268,7 @@ final class Messages implements AutoCloseable {
             LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before
                                ORDER BY id DESC LIMIT asked.size) AS message ON true
             ORDER BY asked.n, message.id DESC""".formatted(MICROS, SETTLED);
-    /** What follows a place and is settled; and whether the place is one of this database: another one may be restored. */
+    /** What follows a place and is settled; and whether this database knows the place: another one may be restored. */
     private static final String FOLLOWING = """
             SELECT message.id, %s, author, body, instance, message.tx::text,
                    asked.id = 0 AND asked.tx = '0'
@@ -1479,7 +1480,7 @@ final class Messages implements AutoCloseable {
 final class RedisConnection implements AutoCloseable {
     interface Work<T> { T with(Jedis redis); }
 
-    /** Servers and what is before them close idle connections, and a count can't be tried twice: so it is tested before. */
+    /** Servers, and proxies before them, close what is idle. A count can't be tried twice: so it is tested. */
     private static final long IDLE_NANOS = 1_000_000_000;
 
     private final Config.Redis config;
@@ -1586,7 +1587,7 @@ final class RedisConnection implements AutoCloseable {
         }
     }
 
-    /** Whether it speaks for the server: not there, still loading, or no primary (any more), as one without replicas. */
+    /** Whether it speaks for the server: not there, still loading, or no primary (any more), as without replicas. */
     static boolean isOutage(Throwable e) {
         return e instanceof JedisConnectionException || e instanceof JedisException && e.getMessage() != null
                 && Stream.of("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS").anyMatch(e.getMessage()::contains);
@@ -1765,7 +1766,7 @@ record Presence(String instance, String state, String since, String version, Lon
  * Which instances there are. Twice a second each tells all, through Redis, that it lives; as all hear the same, all
  * give the same list. Nothing of it is stored. Who is not heard is silent, then gone, then forgotten.
  *
- * <p>An instance is known by its name and its start: where a new one starts before the old one stops, both bear the same
+ * <p>An instance is known by its name and its start: where a new one starts before the old one stops, both have one
  * name for a while.
  */
 final class Instances {

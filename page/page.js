@@ -239,7 +239,10 @@ function follow({ steal = false, state = steal ? 'broken' : 'connecting' } = {})
   if (!channel) return lead(signal, state);
   navigator.locks.request('events', steal ? { steal } : { signal }, () => lead(signal, state)).catch(error => {
     if (signal.aborted) return;
-    if (error.name !== 'AbortError') channel = null; // the browser keeps locks from this page; else one was stolen
+    if (error.name !== 'AbortError') { // not stolen: the browser keeps locks from this page
+      channel?.close();
+      channel = null;
+    }
     follow();
   });
   channel.postMessage({ type: 'hello' });

@@ -1,4 +1,16 @@
 # shellcheck shell=bash
+# --- What the caller's shell exports changes no command's meaning; then the settings in .env are known ---------------
+unset CDPATH GREP_OPTIONS POSIXLY_CORRECT
+set +o posix +o noclobber
+# Numbers have a point, names have one order, i and I are one letter. (macOS has no C.UTF-8.)
+for language in C.UTF-8 en_US.UTF-8 C; do
+  # shellcheck disable=SC2030,SC2031 # tried in a shell of its own
+  [ -n "$( (LC_ALL=$language) 2>&1)" ] || break
+done
+# shellcheck disable=SC2030,SC2031
+export LC_ALL=$language
+unset language
+
 # Sets what the file .env sets and the environment does not. Compose alone reads the file. What is set here stays in
 # this shell, so that for a container Compose takes the value from the file, in whatever form it stands there.
 dot_env() {

@@ -5,9 +5,7 @@ set -euo pipefail
 unset CDPATH # with it, cd may go elsewhere, and says where
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh
-# Numbers and order are the same in every language; characters stay the caller's.
-export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C
-unset LC_ALL
+exec </dev/null # `docker compose exec` and `docker compose run` read all that a caller's loop or pipe has
 
 URL=${URL:-http://localhost:${PORT:-9999}}
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
@@ -28,7 +26,7 @@ pass() { printf '  ok    %s\n' "$*"; }
 fail() { printf '  FAIL  %s\n' "$*"; failures=$((failures + 1)); }
 
 # What is asked is on this machine or in its containers: no proxy knows it.
-curl() { command curl --noproxy '*' "$@"; }
+curl() { command curl -q --noproxy '*' "$@"; } # (-q: without ~/.curlrc, which may change what is printed)
 
 # check WHAT EXPECTED SEEN: one line, with both sides when they differ
 check() { if [ "$2" = "$3" ]; then pass "$1: $3"; else fail "$1: expected $2, saw $3"; fi; }

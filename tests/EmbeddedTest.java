@@ -395,7 +395,8 @@ class EmbeddedTest {
             try {
                 OutageTest.inTime(() -> program.say("a", "nobody hears")).unavailable();
                 OutageTest.inTime(() -> program.get(kept.header("location"))).unavailable();
-                Wait.until("it is noticed", Wait.PROMISED, () -> program.get("/readyz").text("status").equals("degraded"));
+                Wait.until("it is noticed", Wait.PROMISED, 
+                        () -> OutageTest.status(program).equals("degraded"));
                 assertTrue(program.visits() > 0);
             } finally { signal("CONT", all.stream()); }
             Wait.until("messages are there again", Wait.PROMISED, () -> program.get(kept.header("location"))

@@ -494,7 +494,7 @@ public final class Load {
     /** This run's messages with an id above {@code floor}. */
     private List<Stored> readBack(long floor) throws IOException {
         List<Stored> found = new ArrayList<>();
-        Pattern next = Pattern.compile("\"next\":\"([^\"]*before=(\\d+)[^\"]*)\"}$");
+        Pattern next = Pattern.compile("\"next\":\"([^\"]*before=(\\d+)[^\"]*)\"");
         for (String path = "/api/messages?limit=100"; path != null; ) {
             String page = get(path);
             for (Matcher m = STORED.matcher(page); m.find(); )

@@ -217,7 +217,8 @@ class MessagesTest {
 
         @BeforeAll static void fill() {
             board = new Instance("lister", Servers.environment(Servers.newDatabase()));
-            assertEquals("{\"messages\":[],\"next\":null,\"cursor\":\"0-0\"}", board.get("/api/messages").expect(200).body());
+            assertEquals("{\"messages\":[],\"next\":null,\"cursor\":\"0-0\"}",
+                    board.get("/api/messages").expect(200).body());
             for (int i = 0; i < 25; i++) all.addFirst(board.say("a", "message " + i).expect(201).id());
         }
 

@@ -152,6 +152,10 @@ class OpenApiTest {
         }
     }
 
+    @Test @Order(2) void is_right_about_events_after_no_cursor() {
+        described("get", "/api/events", Servers.one().get("/api/events?after=7").expect(400));
+    }
+
     @Test @Order(2) void is_right_about_what_no_route_answers() {
         Caller one = Servers.one();
         describedAs("#/components/responses/NotFound", one.get("/nowhere").expect(404), "a path that is not there");

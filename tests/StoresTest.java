@@ -137,8 +137,9 @@ class StoresTest {
             String database = Servers.newDatabase();
             try (Instance board = new Instance("remarks", Servers.environment(database))) {
                 board.awaitReady();
-                Servers.sql(database, "CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE NOTICE "
-                        + "''seen''; RAISE WARNING ''must be vacuumed''; RETURN NEW; END'; CREATE TRIGGER remark "
+                Servers.sql(database, "CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN "
+                        + "RAISE NOTICE ''seen''; RAISE WARNING ''must be vacuumed''; RETURN NEW; END'; "
+                        + "CREATE TRIGGER remark "
                         + "BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION remark()");
                 board.say("a", "stored").expect(201);
                 board.say("a", "with a key", "Idempotency-Key", "k").expect(201);
@@ -148,8 +149,8 @@ class StoresTest {
         }
 
         @Test void that_lets_go_of_a_commit_before_a_standby_has_it_has_not_stored_it() throws Exception {
-            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("let-go").toString(),
-                    "REDIS_HOST", "none"));
+            Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("let-go")
+                    .toString(), "REDIS_HOST", "none"));
             try {
                 Config.Postgres to = own.start().postgres();
                 int port = to.hosts().getFirst().getPort();
@@ -205,7 +206,8 @@ class StoresTest {
 
         @Test void whose_password_has_changed_lets_connections_go_on_that_are_open() {
             String database = Servers.newDatabase();
-            Servers.sql(database, "CREATE ROLE changing LOGIN PASSWORD 'changing'; GRANT ALL ON SCHEMA public TO changing");
+            Servers.sql(database, "CREATE ROLE changing LOGIN PASSWORD 'changing'; "
+                    + "GRANT ALL ON SCHEMA public TO changing");
             try (Instance board = new Instance("changing", as("changing", database))) {
                 board.awaitReady();
                 board.say("a", "before").expect(201);
@@ -226,7 +228,8 @@ class StoresTest {
         /** Where a retry meets the first try, a stricter isolation fails one of the two. */
         @Test void whose_default_is_a_stricter_isolation_stores_each_key_once() throws Exception {
             String database = Servers.newDatabase();
-            Servers.sql("postgres", "ALTER DATABASE " + database + " SET default_transaction_isolation = 'serializable'");
+            Servers.sql("postgres", "ALTER DATABASE " + database
+                    + " SET default_transaction_isolation = 'serializable'");
             try (Instance one = new Instance("strict1", Servers.environment(database));
                  Instance other = new Instance("strict2", Servers.environment(database))) {
                 one.awaitReady();
@@ -262,9 +265,10 @@ class StoresTest {
             String database = Servers.newDatabase();
             try (Program board = Program.java(with(database, "TZ", "Asia/Calcutta"))) {
                 Wait.until("it serves", Duration.ofSeconds(20), () -> board.get("/readyz").status() == 200);
-                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger LANGUAGE "
-                        + "plpgsql AS 'BEGIN INSERT INTO seen VALUES (current_setting(''TimeZone'')); RETURN NEW; END'; "
-                        + "CREATE TRIGGER look BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION look()");
+                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
+                        + "LANGUAGE plpgsql AS 'BEGIN INSERT INTO seen VALUES (current_setting(''TimeZone'')); "
+                        + "RETURN NEW; END'; CREATE TRIGGER look BEFORE INSERT ON messages FOR EACH ROW "
+                        + "EXECUTE FUNCTION look()");
                 board.say("a", "b").expect(201);
                 assertEquals(List.of("UTC"), Servers.sql(database, "SELECT setting FROM seen"));
             }
@@ -632,6 +636,12 @@ class StoresTest {
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                     Thread.sleep(100);
                 }
+                Dependency health = new Dependency("redis", RedisConnection::isOutage);
+                health.passed(); // as another connection has it, which leads to the primary
+                try (Counters counters = new Counters(Config.from(with("none", "REDIS_PORT", "" + replica.port,
+                        "REDIS_PASS", "")), health)) {
+                    assertThrows(Problem.class, counters::read, "each connection proves where it leads");
+                }
             }
         }
 
@@ -650,7 +660,7 @@ class StoresTest {
                     assertEquals(101, board.visits());
                     assertEquals(101, board.total());
                 }
-                one.close();
+                one.kill();
                 try (Instance board = new Instance("undecided", environment)) {
                     Wait.until("it finds no majority", () -> Evidence.all().toString().contains("do not agree"));
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
@@ -821,9 +831,9 @@ class StoresTest {
             });
         }
 
-        @Override public void close() throws InterruptedException {
-            process.destroyForcibly().waitFor();
-        }
+        void kill() { process.destroyForcibly().onExit().join(); }
+
+        @Override public void close() { kill(); }
     }
 
     /** A standby of the server that all tests share: a copy of its folder that follows nobody. */
@@ -880,7 +890,11 @@ class StoresTest {
                     + (Files.exists(folder.resolve("log")) ? Files.readString(folder.resolve("log")) : ""));
         }
 
-        @Override public void close() throws IOException, InterruptedException { run("stop", "-m", "immediate"); }
+        @Override public void close() throws IOException {
+            try {
+                run("stop", "-m", "immediate");
+            } catch (InterruptedException e) { Thread.currentThread().interrupt(); }
+        }
     }
 
     /** Takes TLS and passes on what is in it. */

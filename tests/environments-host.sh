@@ -112,12 +112,13 @@ host_compulsory_proxy() {
   check "what it downloaded" slf4j-api-2.0.17.jar "$(find "$WORK/other/m2" -name 'slf4j-api*.jar' -exec basename {} \;)"
   central=${central#*://} central=${central%%/*}
   # (The stage that downloads; what follows it needs nothing from outside.)
-  printf '%s\n' 'services:' '  web1:' '    build:' '      target: build' "      extra_hosts: {$central: 192.0.2.1}" >override.yml
+  echo "services: {web1: {build: {target: build, extra_hosts: {$central: 192.0.2.1}}}}" >override.yml
   echo "# $RUN" >>jbang # so that the downloads do not come from the builder's cache
   : >"$WORK/proxy.log"
   does "the image behind a compulsory proxy" env https_proxy=http://$proxy:8888 \
     docker compose -f docker-compose.yml -f override.yml --progress plain build web1
-  check "what its build asked the proxy for" "$central" "$(grep -o "CONNECT $central" "$WORK/proxy.log" | sed -n '1s/.* //p')"
+  check "what its build asked the proxy for" "$central" \
+    "$(grep -o "CONNECT $central" "$WORK/proxy.log" | sed -n '1s/.* //p')"
 }
 
 # .env as editors write it: Compose and the scripts know the same.
@@ -216,4 +217,10 @@ host_exported() {
   does "make exercise" make exercise SECONDS_LONG=2
   does "make test-lb again" make test-lb
   does "make test-persist" make test-persist
+}
+
+# Names that the caller's system exports are not settings of make: WSL has NAME, the computer's.
+env_exported_names() {
+  check "make test, with NAME exported" "" "$(NAME=desktop make -n test | grep -o desktop || true)"
+  check "make test NAME=…" desktop "$(NAME=other make -n test NAME=desktop | grep -oE 'desktop|other' || true)"
 }
