@@ -76,7 +76,7 @@ host_proxies() {
   export DOCKER_CONFIG=$copy/docker http_proxy=$nowhere https_proxy=$nowhere HTTP_PROXY=$nowhere HTTPS_PROXY=$nowhere \
     all_proxy=$nowhere ALL_PROXY=$nowhere
   does "make up" make up
-  check "a container's proxy" $nowhere "$(docker compose exec -T web1 printenv http_proxy </dev/null)"
+  check "a container's proxy" $nowhere "$(docker compose exec -T web1 sh -c 'echo "$http_proxy"' </dev/null)"
   does "make test-lb" make test-lb
   does "make exercise" make exercise SECONDS_LONG=1
   does "make scale" make scale N=4
@@ -101,8 +101,9 @@ host_compulsory_proxy() {
   ip address add $proxy/30 dev threefold-env && ip link set threefold-env up
   ip -n threefold-env address add 198.18.87.2/30 dev out && ip -n threefold-env link set out up
   ip -n threefold-env link set lo up
-  printf '%s\n' "Listen $proxy" 'Port 8888' 'Timeout 60' "PidFile \"$WORK/proxy.pid\"" >"$WORK/proxy.conf"
-  tinyproxy -c "$WORK/proxy.conf" >"$WORK/proxy.log" 2>&1
+  printf '%s\n' "Listen $proxy" 'Port 8888' 'Timeout 60' "PidFile \"$WORK/proxy.pid\"" "LogFile \"$WORK/proxy.log\"" \
+    >"$WORK/proxy.conf"
+  tinyproxy -c "$WORK/proxy.conf"
   printf '%s\n' '//DEPS org.slf4j:slf4j-api:2.0.17' 'class A { }' >A.java
   # (With folders of its own, so that all is downloaded.)
   behind() { ip netns exec threefold-env env JBANG_DIR="$WORK/other/jbang" JBANG_REPO="$WORK/other/m2" "$@"; }
@@ -114,11 +115,11 @@ host_compulsory_proxy() {
   # (The stage that downloads; what follows it needs nothing from outside.)
   echo "services: {web1: {build: {target: build, extra_hosts: {$central: 192.0.2.1}}}}" >override.yml
   echo "# $RUN" >>jbang # so that the downloads do not come from the builder's cache
-  : >"$WORK/proxy.log"
+  local before
+  before=$(grep -c "CONNECT $central" "$WORK/proxy.log")
   does "the image behind a compulsory proxy" env https_proxy=http://$proxy:8888 \
     docker compose -f docker-compose.yml -f override.yml --progress plain build web1
-  check "what its build asked the proxy for" "$central" \
-    "$(grep -o "CONNECT $central" "$WORK/proxy.log" | sed -n '1s/.* //p')"
+  check "its build asked the proxy" yes "$([ "$(grep -c "CONNECT $central" "$WORK/proxy.log")" -gt "$before" ] && echo yes)"
 }
 
 # .env as editors write it: Compose and the scripts know the same.
