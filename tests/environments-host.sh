@@ -76,7 +76,7 @@ host_proxies() {
   export DOCKER_CONFIG=$copy/docker http_proxy=$nowhere https_proxy=$nowhere HTTP_PROXY=$nowhere HTTPS_PROXY=$nowhere \
     all_proxy=$nowhere ALL_PROXY=$nowhere
   does "make up" make up
-  check "a container's proxy" $nowhere "$(docker compose exec -T web1 printenv http_proxy </dev/null)"
+  check "a container's proxy" $nowhere "$(docker compose exec -T web1 sh -c 'echo "$http_proxy"' </dev/null)"
   does "make test-lb" make test-lb
   does "make exercise" make exercise SECONDS_LONG=1
   does "make scale" make scale N=4
@@ -118,7 +118,7 @@ host_compulsory_proxy() {
   does "the image behind a compulsory proxy" env https_proxy=http://$proxy:8888 \
     docker compose -f docker-compose.yml -f override.yml --progress plain build web1
   check "what its build asked the proxy for" "$central" \
-    "$(grep -o "CONNECT $central" "$WORK/proxy.log" | sed -n '1s/.* //p')"
+    "$(grep -ao "CONNECT $central" "$WORK/proxy.log" | sed -n '1s/.* //p')"
 }
 
 # .env as editors write it: Compose and the scripts know the same.
@@ -165,7 +165,7 @@ host_second_clone() {
   does "by a symbolic link: make restart" make restart
   rm "$WORK/link"
   mv "$copy" "$WORK/moved" && cd "$WORK/moved"
-  does "a folder that was moved: make clean" make clean <<<yes
+  does "a folder that was moved: make clean" bash -c 'make clean <<<yes'
   check "containers after that" "" "$(ids)"
 }
 
