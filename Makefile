@@ -105,7 +105,7 @@ test-environments: ## on machines unlike ours: other shells, proxies, settings, 
 	@tests/environments $(CASE)
 
 .PHONY: test-upgrade
-test-upgrade: ## from the first version to this one in place, under load: nothing is lost, doubled or refused
+test-upgrade: ## from an earlier version to this one in place, under load: nothing is lost, doubled or refused
 	@tests/upgrade
 
 .PHONY: test-browser

@@ -96,7 +96,8 @@ class EmbeddedTest {
             assertTrue(servers.stream().allMatch(ProcessHandle::isAlive), "its servers were left behind");
             assertEquals(kept.json(), running().get(kept.header("location")).expect(200).json());
             assertEquals(visits + 1, program.visits());
-            assertTrue(servers.stream().noneMatch(ProcessHandle::isAlive), "those left behind are stopped");
+            Wait.until("those left behind are stopped", // or zombies, for a moment
+                    () -> servers.stream().noneMatch(ProcessHandle::isAlive));
         }
 
         @Test void take_no_folder_of_somebody_else() throws Exception {

@@ -30,8 +30,8 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * message that was acknowledged, in the order of the events' ids, none twice.
  *
  * <p>{@code java Viewers.java HOST PORT RATE VIEWERS} says "joined" when all view, and writes RATE messages a second,
- * if it can, until standard input ends or says a line (`v1` at the end: some instances are of the first version); then
- * it prints `name=value` words and, for each thing that is wrong, a line. JDK 21, nothing else.
+ * if it can, until standard input ends or says a line; then it prints `name=value` words and, for each thing that is
+ * wrong, a line. JDK 21, nothing else.
  *
  * <p>HOST may be several, joined by commas: the next one is tried when one ends or does not answer. Of two such lists
  * with a slash between, every second viewer and writer has the second: clients on two sides of a cut.
@@ -53,26 +53,23 @@ public final class Viewers {
 
     private final List<String[]> sides;
     private final int port;
-    private final boolean firstVersion; // what it tells is not judged, only what this version tells after it
     private final HttpClient http = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1)
             .connectTimeout(Duration.ofMillis(CONNECT_MILLIS)).build();
-    private final Map<Long, Long> acknowledged = new ConcurrentHashMap<>(); // the message's id, and its turn
+    private final Set<Long> acknowledged = ConcurrentHashMap.newKeySet(); // ids
     private final AtomicLong turns = new AtomicLong();
     private final AtomicInteger refused = new AtomicInteger();
     private final List<Viewer> viewers = new ArrayList<>();
     private volatile boolean writing = true, viewing = true;
 
-    private Viewers(String hosts, int port, boolean firstVersion) {
+    private Viewers(String hosts, int port) {
         this.sides = Stream.of(hosts.split("/")).map(side -> side.split(",")).toList();
         this.port = port;
-        this.firstVersion = firstVersion;
     }
 
     public static void main(String[] args) throws Exception {
         Security.setProperty("networkaddress.cache.ttl", "0");
         Security.setProperty("networkaddress.cache.negative.ttl", "0");
-        new Viewers(args[0], Integer.parseInt(args[1]), List.of(args).contains("v1"))
-                .run(Integer.parseInt(args[2]), Integer.parseInt(args[3]));
+        new Viewers(args[0], Integer.parseInt(args[1])).run(Integer.parseInt(args[2]), Integer.parseInt(args[3]));
     }
 
     private void run(int rate, int count) throws Exception {
@@ -116,22 +113,17 @@ public final class Viewers {
 
     private enum Wrong { missing, doubled, out_of_order, gaps, odd }
 
-    /**
-     * The id of an event: two numbers, TX-ID. The first version's is a single one. Two of different kinds have no
-     * order.
-     */
-    private record Place(boolean plain, long tx, long id) {
-        private static final Pattern FORM = Pattern.compile("(?:([0-9]+)-)?([0-9]+)");
+    /** The id of an event: two numbers, TX-ID. */
+    private record Cursor(long tx, long id) {
+        private static final Pattern FORM = Pattern.compile("([0-9]+)-([0-9]+)");
 
-        /** @return null if it is neither */
-        static Place of(String text) {
+        /** @return null if it is none */
+        static Cursor of(String text) {
             Matcher parts = FORM.matcher(text == null ? "" : text);
-            if (!parts.matches()) return null;
-            boolean plain = parts.group(1) == null;
-            return new Place(plain, plain ? 0 : Long.parseLong(parts.group(1)), Long.parseLong(parts.group(2)));
+            return parts.matches() ? new Cursor(Long.parseLong(parts.group(1)), Long.parseLong(parts.group(2))) : null;
         }
 
-        boolean isAfter(Place other) { return tx > other.tx || tx == other.tx && id > other.id; }
+        boolean isAfter(Cursor other) { return tx > other.tx || tx == other.tx && id > other.id; }
     }
 
     /** The hosts of somebody's side, in turns. */
@@ -171,7 +163,7 @@ public final class Viewers {
             HttpResponse<String> answer = http.send(request, HttpResponse.BodyHandlers.ofString());
             Matcher id = ID.matcher(answer.body());
             if (answer.statusCode() / 100 != 2 || !id.find()) return false;
-            acknowledged.put(Long.parseLong(id.group(1)), turn);
+            acknowledged.add(Long.parseLong(id.group(1)));
             return true;
         } catch (IOException e) {
             return false;
@@ -183,9 +175,8 @@ public final class Viewers {
         private final Set<Long> told = ConcurrentHashMap.newKeySet();
         private final Map<Wrong, Integer> wrong = new EnumMap<>(Wrong.class);
         private final List<String> evidence = new ArrayList<>();
-        private Place last;
+        private Cursor last;
         private String lastId = "";
-        private volatile long judgedFrom;    // the first turn that began after the first version told its last event
         private volatile boolean joined;
         private volatile int streams;
         private int left;                    // bytes of the chunk that is being read
@@ -248,21 +239,17 @@ public final class Viewers {
         }
 
         private synchronized void told(String event, String id, String data) {
-            Place place = Place.of(id);
+            Cursor cursor = Cursor.of(id);
             Matcher message = ID.matcher(data);
             if (event.equals("gap")) wrong(Wrong.gaps, "told of a gap: " + data);
-            else if (firstVersion && id == null) judgedFrom = turns.get(); // it gives no id to what comes late
-            else if (place == null || !message.find())
+            else if (cursor == null || !message.find())
                 wrong(Wrong.odd, "a message with the id " + id + " and the data " + data);
             else {
                 long number = Long.parseLong(message.group(1));
-                if (firstVersion && place.plain) judgedFrom = turns.get();
-                else {
-                    if (last != null && last.plain == place.plain && !place.isAfter(last))
-                        wrong(Wrong.out_of_order, id + " was told after " + lastId);
-                    if (!told.add(number)) wrong(Wrong.doubled, "message " + number + " was told twice");
-                }
-                last = place;
+                if (last != null && !cursor.isAfter(last))
+                    wrong(Wrong.out_of_order, id + " was told after " + lastId);
+                if (!told.add(number)) wrong(Wrong.doubled, "message " + number + " was told twice");
+                last = cursor;
                 lastId = id;
             }
         }
@@ -275,9 +262,7 @@ public final class Viewers {
         boolean misses() { return missing() > 0; }
 
         private long missing() {
-            long from = judgedFrom;
-            return acknowledged.entrySet().stream()
-                    .filter(message -> message.getValue() >= from && !told.contains(message.getKey())).count();
+            return acknowledged.stream().filter(message -> !told.contains(message)).count();
         }
 
         synchronized long count(Wrong what) { return what == Wrong.missing ? missing() : wrong.getOrDefault(what, 0); }
