@@ -451,8 +451,9 @@ record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, C
             try {
                 Draft draft = form ? Draft.fromForm(body) : Draft.fromJson(body);
                 http.askOutcome(ex, writes, new Write(key, draft), (e, saved, failure) -> {
-                    if (page && failure instanceof Problem problem) showRefused(e, body, problem);
-                    else if (failure != null) throw failure;
+                    Throwable why = failure != null ? failure : saved.refused();
+                    if (page && why instanceof Problem problem) showRefused(e, body, problem);
+                    else if (why != null) throw why;
                     else answerSaved(e, saved, form);
                 });
             } catch (Problem problem) {
@@ -668,8 +669,13 @@ record RequestKey(String stored, boolean fromClient) {
 /** A draft on its way to be stored. */
 record Write(RequestKey key, Draft draft) {}
 
-/** What became of a write: stored now, or {@code replayed}: stored before, under the client's key. */
-record Saved(Message message, Draft draft, boolean replayed) {
+/**
+ * What became of a write: stored now; or {@code replayed}: stored before, under the client's key; or not, with the
+ * reason.
+ */
+record Saved(Message message, Draft draft, boolean replayed, Problem refused) {
+    static Saved refused(Problem why) { return new Saved(null, null, false, why); }
+
     /** The key stands for another message. */
     boolean conflict() { return !message.author().equals(draft.author()) || !message.body().equals(draft.body()); }
 }
@@ -948,6 +954,8 @@ final class Dependency implements AutoCloseable {
     private volatile State state = State.UNKNOWN; // a new instance tries, it does not refuse
     private volatile boolean hasBeenUp;
     private volatile int returns;
+    private boolean suspected; // by a request: the watcher looks at once
+    private boolean confirmed; // the watcher has found it down itself
     private Thread watcher;
 
     Dependency(String name, Predicate<Throwable> isOutage) {
@@ -957,11 +965,12 @@ final class Dependency implements AutoCloseable {
 
     String name() { return name; }
     boolean isUp() { return state == State.UP; }
+    boolean isDown() { return state == State.DOWN; }
 
     /** Whether it was ever up since this instance started. */
     boolean hasBeenUp() { return hasBeenUp; }
 
-    /** How often it came back: connections that are older lead nowhere. */
+    /** How often it came back after an outage that the watcher saw: connections that are older lead nowhere. */
     int returns() { return returns; }
     String word() { return state.name().toLowerCase(Locale.ROOT); }
 
@@ -981,9 +990,15 @@ final class Dependency implements AutoCloseable {
     void watch(Probe probe) {
         watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
             try {
-                for (; ; Thread.sleep(state == State.DOWN ? 100 : 500)) look(probe);
+                for (; ; pause()) look(probe);
             } catch (InterruptedException closed) { /* close() ends the thread this way */ }
         });
+    }
+
+    /** What a request takes for an outage may be the end of its own connection: the watcher looks at once. */
+    private synchronized void pause() throws InterruptedException {
+        if (!suspected) wait(state == State.DOWN ? 100 : 500);
+        suspected = false;
     }
 
     private void look(Probe probe) throws InterruptedException {
@@ -993,8 +1008,8 @@ final class Dependency implements AutoCloseable {
         } catch (InterruptedException e) {
             throw e;
         } catch (Throwable e) { // nothing ends the watcher
-            if (isOutage.test(e)) changeTo(State.DOWN, e);
-            else changeTo(State.REFUSED, e);
+            confirmed = isOutage.test(e);
+            changeTo(confirmed ? State.DOWN : State.REFUSED, e);
         }
     }
 
@@ -1005,19 +1020,28 @@ final class Dependency implements AutoCloseable {
      */
     boolean failed(Throwable why) {
         boolean outage = isOutage.test(why);
-        if (outage) changeTo(State.DOWN, why);
+        if (outage) suspect(why);
         else Log.warn("request_refused", "dependency", name, "reason", Log.reason(why));
         return outage;
     }
 
-    void passed() { changeTo(State.UP, null); }
+    private synchronized void suspect(Throwable why) {
+        suspected = true;
+        changeTo(State.DOWN, why);
+        notifyAll();
+    }
+
+    synchronized void passed() {
+        if (confirmed) returns++;
+        confirmed = false;
+        changeTo(State.UP, null);
+    }
 
     private synchronized void changeTo(State next, Throwable why) {
         if (next == state) return;
         if (why == null) Log.info("dependency_up", "dependency", name);
         else Log.warn("dependency_" + next.name().toLowerCase(Locale.ROOT), "dependency", name,
                 "reason", Log.reason(why));
-        if (state == State.DOWN) returns++;
         hasBeenUp |= next == State.UP;
         state = next;
         notifyAll();
@@ -1251,7 +1275,8 @@ final class Messages implements AutoCloseable {
      * told, whatever the server's default. Sorted by key (see save): two instances lock the same keys in one order.
      */
     private static final String SAVE = """
-            WITH durable AS (SELECT set_config('synchronous_commit', 'on', true))
+            WITH durable AS (SELECT set_config('synchronous_commit', 'on', true),
+                                    set_config('client_min_messages', 'warning', true)) -- see checkCopied
             INSERT INTO messages (author, body, instance, request_key)
             SELECT author, body, ?, request_key
             FROM durable, unnest(?::text[], ?::text[], ?::text[]) AS draft (author, body, request_key)
@@ -1287,10 +1312,15 @@ final class Messages implements AutoCloseable {
     /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int ROWS_MOST = 200;
 
+    /** While it tries in halves, others wait: for so long at most. */
+    private static final long SPLIT_NANOS = 300_000_000;
+
     private final Database forWrites, forReads, forPings, forEvents;
+    private final Dependency health;
     private final String instance;
 
     Messages(Config config, Dependency health) {
+        this.health = health;
         this.instance = config.instance();
         this.forWrites = new Database(config, health, Database.Use.WRITES);
         this.forReads = new Database(config, health, Database.Use.READS);
@@ -1306,8 +1336,33 @@ final class Messages implements AutoCloseable {
         });
     }
 
-    /** Stores what is new; finds what was stored before under the same key. Durable when it returns. */
+    /**
+     * Stores what is new; finds what was stored before under the same key. Durable when it returns. A message that
+     * PostgreSQL refuses, by a trigger or a policy, costs no other one: they are tried again in halves.
+     */
     List<Saved> save(List<Write> writes) throws InterruptedException {
+        try {
+            return saveTogether(writes);
+        } catch (Problem refused) {
+            if (writes.size() == 1 || health.isDown()) throw refused;
+            Batcher.mayWait();
+            return saveInHalves(writes, refused, System.nanoTime() + SPLIT_NANOS);
+        }
+    }
+
+    private List<Saved> saveInHalves(List<Write> writes, Problem why, long end) throws InterruptedException {
+        if (writes.size() == 1 || health.isDown() || System.nanoTime() > end)
+            return Collections.nCopies(writes.size(), Saved.refused(why));
+        List<Saved> saved = new ArrayList<>();
+        int half = writes.size() / 2;
+        for (List<Write> some : List.of(writes.subList(0, half), writes.subList(half, writes.size())))
+            try {
+                saved.addAll(saveTogether(some));
+            } catch (Problem refused) { saved.addAll(saveInHalves(some, refused, end)); }
+        return saved;
+    }
+
+    private List<Saved> saveTogether(List<Write> writes) throws InterruptedException {
         TreeMap<String, Write> byKey = new TreeMap<>();
         for (Write write : writes) byKey.putIfAbsent(write.key().stored(), write);
         return forWrites.run(connection -> {
@@ -1315,8 +1370,9 @@ final class Messages implements AutoCloseable {
             List<Saved> saved = new ArrayList<>(writes.size());
             for (Write write : writes) {
                 Saved first = stored.get(write.key().stored());
+                if (first == null) throw new SQLException("a trigger has left out a row", "09000");
                 boolean isFirst = byKey.get(write.key().stored()) == write && !first.replayed();
-                saved.add(new Saved(first.message(), write.draft(), !isFirst && write.key().fromClient()));
+                saved.add(new Saved(first.message(), write.draft(), !isFirst && write.key().fromClient(), null));
             }
             return saved;
         });
@@ -1334,7 +1390,7 @@ final class Messages implements AutoCloseable {
                     Draft draft = byKey.get(row.getString(6)).draft();
                     boolean isNew = row.getString(3) == null;
                     stored.put(row.getString(6), new Saved(!isNew ? message(row) : new Message(row.getLong(1),
-                            draft.author(), draft.body(), instance, micros(row.getLong(2))), draft, !isNew));
+                            draft.author(), draft.body(), instance, micros(row.getLong(2))), draft, !isNew, null));
                 }
             }
             checkCopied(insert.getWarnings());
@@ -1813,7 +1869,8 @@ final class Instances {
     }
 
     private Presence seen(Heard one) {
-        if (!listening) return one.said.as(Presence.UNKNOWN);
+        boolean notHeardYet = one.at < listeningSince && silence(one) <= SILENT_MILLIS;
+        if (!listening || notHeardYet) return one.said.as(Presence.UNKNOWN);
         if (one.said.state().equals(Presence.GONE) || silence(one) > GONE_MILLIS) return one.said.as(Presence.GONE);
         return silence(one) > SILENT_MILLIS ? one.said.as(Presence.SILENT) : one.said;
     }

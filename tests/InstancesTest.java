@@ -95,6 +95,24 @@ class InstancesTest {
         awaitState(other, "one", "ready", 1_500); // not silent, nor gone: it did not listen
     }
 
+    /** Of one that is dead, nothing is known after a new subscription, until its silence says it. */
+    @Test void that_are_dead_do_not_come_to_life_by_a_new_subscription() throws Exception {
+        try (Cable own = new Cable(Servers.redisPort());
+             Instance mute = begin("mute", Map.of("REDIS_PORT", "" + own.port()))) {
+            awaitState(other, mute.name, "ready", 5_000);
+            own.cut();
+            awaitState(other, mute.name, "silent", 3_000);
+            cable.cut();
+            awaitState(other, "one", "unknown", 2_000);
+            cable.mend();
+            awaitState(other, "one", "ready", 3_000);
+            for (int i = 0; i < 200; i++) {
+                assertTrue(!state(other, mute.name).equals("ready"), "it says nothing");
+                Thread.sleep(10);
+            }
+        }
+    }
+
     @Test void that_leave_say_so() throws Exception {
         Instance leaving = begin("leaving", Map.of("DRAIN_MILLIS", "1500"));
         awaitState(one, "leaving", "ready", 5_000);

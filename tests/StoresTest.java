@@ -25,6 +25,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 import java.util.concurrent.Callable;
+import java.util.stream.Collectors;
 import java.util.stream.Stream;
 import javax.net.ssl.KeyManagerFactory;
 import javax.net.ssl.SSLContext;
@@ -148,6 +149,59 @@ class StoresTest {
             }
         }
 
+        @Test void that_refuses_a_message_refuses_no_other_one() throws Exception {
+            String database = Servers.newDatabase();
+            try (Instance board = new Instance("policy", Servers.environment(database))) {
+                board.awaitReady();
+                Servers.sql(database, "CREATE FUNCTION judge() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN "
+                        + "IF NEW.author = ''bad'' THEN RAISE EXCEPTION ''no''; END IF; "
+                        + "IF NEW.author = ''odd'' THEN RETURN NULL; END IF; RETURN NEW; END'; "
+                        + "CREATE TRIGGER judge BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION judge()");
+                List<Callable<Answer>> posts = new ArrayList<>();
+                for (int i = 0; i < 400; i++) {
+                    String author = i % 50 == 7 ? "bad" : i % 50 == 9 ? "odd" : "good", body = "" + i;
+                    posts.add(() -> board.say(author, body));
+                }
+                Map<String, Long> answers = Wait.together(posts).stream().collect(
+                        Collectors.groupingBy(answer -> "" + answer.status(), Collectors.counting()));
+                assertEquals(Map.of("201", 384L, "503", 16L), answers);
+                assertEquals("ready", OutageTest.status(board));
+            }
+        }
+
+        /** A connection that hangs, as by a firewall that forgot it, is no server that hangs. */
+        @Test void one_of_whose_connections_hangs_keeps_the_others() throws Exception {
+            String database = Servers.newDatabase();
+            try (Instance board = new Instance("stuck", Servers.environment(database))) {
+                board.awaitReady();
+                board.say("a", "b").expect(201);
+                board.get("/api/messages").expect(200);
+                String ours = "SELECT pid FROM pg_stat_activity WHERE application_name = 'threefold stuck' AND query ";
+                String writes = Servers.sql(database, ours + "LIKE '%INSERT INTO messages%'").getFirst();
+                List<String> others = Servers.sql(database, ours + "NOT LIKE '%INSERT INTO messages%' ORDER BY pid");
+                kill("STOP", writes);
+                try {
+                    var stuck = Wait.meanwhile(() -> board.say("a", "nobody hears"));
+                    while (!stuck.isDone()) {
+                        board.get("/api/messages").expect(200);
+                        Thread.sleep(10);
+                    }
+                    stuck.get().unavailable();
+                    for (int i = 0; i < 50; i++) {
+                        board.get("/api/messages").expect(200);
+                        Thread.sleep(10);
+                    }
+                    board.say("a", "on a new connection").expect(201);
+                    List<String> after = Servers.sql(database, ours + "NOT LIKE '%INSERT INTO messages%' ORDER BY pid");
+                    assertEquals(others, after, "the others stay open");
+                } finally { kill("CONT", writes); }
+            }
+        }
+
+        private static void kill(String signal, String pid) throws Exception {
+            new ProcessBuilder("kill", "-" + signal, pid).start().waitFor();
+        }
+
         @Test void that_lets_go_of_a_commit_before_a_standby_has_it_has_not_stored_it() throws Exception {
             Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("let-go")
                     .toString(), "REDIS_HOST", "none"));
@@ -160,6 +214,9 @@ class StoresTest {
                              "postgres", to.pass().value());
                      var work = look.createStatement()) {
                     board.say("a", "alone").expect(201);
+                    work.execute("ALTER DATABASE postgres SET client_min_messages = error");
+                    work.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                            + "WHERE application_name LIKE 'threefold%'");
                     // The remark of a trigger comes before the one that matters.
                     work.execute("CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE WARNING "
                             + "''first''; RETURN NEW; END'; CREATE TRIGGER remark BEFORE INSERT ON messages "
