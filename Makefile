@@ -3,9 +3,11 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+# The builder of before knows no here-documents.
+export DOCKER_BUILDKIT := 1
 
-# What a caller has exported under these names is not meant for make (WSL exports NAME, the computer's).
-$(foreach name,NAME ID N FILE CASE WHAT,$(if $(findstring environment,$(origin $(name))),$(eval $(name) :=)))
+# What a caller has exported under these names is not meant for make: WSL exports NAME, csh HOST, the computer's.
+$(foreach name,NAME HOST ID N FILE CASE WHAT,$(if $(findstring environment,$(origin $(name))),$(eval $(name) :=)))
 
 # Said when a target fails for want of something; `make doctor` finds out what.
 hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be missing." >&2; exit $$code; }
@@ -25,7 +27,7 @@ help:
 
 .PHONY: up
 up: ## builds, starts, waits until all is healthy, prints the address
-	@. scripts/lib.sh && own_stack && claim_data && check_nginx
+	@. scripts/lib.sh && own_stack && claim_data && check_nginx || $(hint)
 	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
 	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $$URL"
 

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh
 exec </dev/null # `docker compose exec` and `docker compose run` read all that a caller's loop or pipe has
 
-URL=${URL:-http://localhost:${PORT:-9999}}
+URL=${PORT:-9999} URL=http://localhost:${URL##*:} # (PORT=127.0.0.1:9999 is for this machine alone)
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
 WORK=$(mktemp -d)
 # shellcheck disable=SC2034  # the scripts use it
@@ -79,15 +79,19 @@ data_volume() {
 
 # own_stack: stops when the stack of this name belongs to another folder, who would lose its containers or its data
 own_stack() {
-  local ids folder known
+  local services ids folder known
+  services=$(docker compose config --services) || return 1
+  grep -qx web1 <<<"$services" ||
+    { say "Compose reads other files than ours (COMPOSE_FILE=\"${COMPOSE_FILE:-}\"): unset COMPOSE_FILE" >&2; exit 1; }
   ids=$(docker compose --profile monitor --profile grafana ps -aq) || return 0
   while IFS= read -r folder; do
     # A folder that was moved or removed has no claim; but one that we may not look into is not gone.
     known=$folder
     while [ ! -e "$known" ] && [ "$known" != . ]; do known=$(dirname "$known"); done
-    [ ! . -ef "$folder" ] && { [ -e "$folder/docker-compose.yml" ] || [ ! -x "$known" ]; } || continue
+    [ ! . -ef "$folder" ] || continue
+    [ -n "$(find "$folder" -maxdepth 1 -name '*compose*.y*ml' 2>/dev/null)" ] || [ ! -x "$known" ] || continue
     say "The stack of this name belongs to $folder. For one of this folder's own, set COMPOSE_PROJECT_NAME and PORT" \
-      "(and MONITOR_PORT), in the environment or in .env: COMPOSE_PROJECT_NAME=threefold-2 PORT=9998 make up" >&2
+      "(and MONITOR_PORT), in the environment or in .env: make up COMPOSE_PROJECT_NAME=threefold-2 PORT=9998" >&2
     exit 1
   done < <({
     if [ -n "$ids" ]; then xargs docker inspect --format "{{index .Config.Labels \"$FOLDER\"}}" <<<"$ids"
@@ -99,7 +103,7 @@ own_stack() {
 # labels. It would have to delete one to label it later; and one with settings of an override file is for it to make.)
 claim_data() {
   local volume
-  volume=$(data_volume)
+  volume=$(data_volume) && [ -n "$volume" ] || return 1
   [[ "$volume" != *$'\n'* ]] && ! docker volume inspect "$volume" >/dev/null 2>&1 || return 0
   docker volume create --label "$FOLDER=$(pwd -P)" --label com.docker.compose.volume=postgres-data \
     --label "com.docker.compose.project=$(docker compose config | sed -n 's/^name: //p')" "$volume" >/dev/null
