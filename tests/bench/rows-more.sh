@@ -55,7 +55,7 @@ instances() {
   local unknown=none seen
   case $1 in 1) unknown='web[23]|web-more' ;; 3) unknown=web-more ;; esac
   sed -E "/server ($unknown):/d" nginx.conf >"$NGINX_CONF"   # into the same file, which the container has mounted
-  quiet box nginx nginx -s reload
+  quiet box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
   for _ in $(seq 60); do               # until all of them answer, and nobody else
     seen=$(curl -s -m 20 -D - -o /dev/null "$URL/healthz?[1-30]" | grep -i '^x-instance-id' | sort -u | wc -l)
     [ "$seen" -ne "$1" ] || return 0
