@@ -1008,8 +1008,9 @@ final class Dependency implements AutoCloseable {
         } catch (InterruptedException e) {
             throw e;
         } catch (Throwable e) { // nothing ends the watcher
-            confirmed = isOutage.test(e);
-            changeTo(confirmed ? State.DOWN : State.REFUSED, e);
+            boolean outage = isOutage.test(e);
+            confirmed |= outage; // also if it is back, and refuses us at first
+            changeTo(outage ? State.DOWN : State.REFUSED, e);
         }
     }
 

@@ -322,10 +322,7 @@ class StoresTest {
             String database = Servers.newDatabase();
             try (Program board = Program.java(with(database, "TZ", "Asia/Calcutta"))) {
                 Wait.until("it serves", Duration.ofSeconds(20), () -> board.get("/readyz").status() == 200);
-                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
-                        + "LANGUAGE plpgsql AS 'BEGIN INSERT INTO seen VALUES (current_setting(''TimeZone'')); "
-                        + "RETURN NEW; END'; CREATE TRIGGER look BEFORE INSERT ON messages FOR EACH ROW "
-                        + "EXECUTE FUNCTION look()");
+                notes(database, "TimeZone");
                 board.say("a", "b").expect(201);
                 assertEquals(List.of("UTC"), Servers.sql(database, "SELECT setting FROM seen"));
             }
@@ -395,17 +392,20 @@ class StoresTest {
             }
         }
 
+        /** From now on the database writes into its table `seen` what this setting is when a message is committed. */
+        private static void notes(String database, String setting) {
+            Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
+                    + "LANGUAGE plpgsql AS 'BEGIN INSERT INTO seen VALUES (current_setting(''" + setting + "'')); "
+                    + "RETURN NEW; END'; CREATE CONSTRAINT TRIGGER look AFTER INSERT ON messages DEFERRABLE "
+                    + "INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION look()");
+        }
+
         @Test void whose_default_is_not_to_wait_for_the_disk_waits_for_it() {
             String database = Servers.newDatabase();
             Servers.sql("postgres", "ALTER DATABASE " + database + " SET synchronous_commit = off");
             try (Instance board = new Instance("careful", Servers.environment(database))) {
                 board.awaitReady();
-                Servers.sql(database, "CREATE TABLE seen (setting text); CREATE FUNCTION look() RETURNS trigger "
-                        + "LANGUAGE plpgsql "
-                        + "AS 'BEGIN INSERT INTO seen VALUES (current_setting(''synchronous_commit'')); RETURN "
-                                + "NEW; END'; "
-                        + "CREATE CONSTRAINT TRIGGER look AFTER INSERT ON messages DEFERRABLE INITIALLY DEFERRED "
-                        + "FOR EACH ROW EXECUTE FUNCTION look()");
+                notes(database, "synchronous_commit");
                 board.say("a", "is it safe?").expect(201);
                 assertEquals(List.of("on"), Servers.sql(database, "SELECT setting FROM seen"));
             }
