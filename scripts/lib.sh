@@ -49,7 +49,7 @@ instances() {
   local service='{{index .Config.Labels "com.docker.compose.service"}}'
   local address='{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'
   local ids
-  ids=$(docker compose ps -q web1 web2 web3 web-more)
+  ids=$(docker compose ps -q web1 web2 web3 web-extra)
   [ -z "$ids" ] || xargs docker inspect --format "$service $address" <<<"$ids" # (macOS' xargs may have no -r)
 }
 

@@ -710,7 +710,7 @@ public final class Load {
     // ------------------------------------------------------------------------- What an instance is told of us
 
     /**
-     * This container answers as one more instance for a moment (tests/failover gives it the name web-more on the inner
+     * This container answers as one more instance for a moment (tests/failover names it web-extra on the backend
      * network), and tells what nginx passes on of a client that claims to be someone else.
      */
     private String forwarded() throws Exception {
