@@ -91,7 +91,7 @@ RUN echo "-cp /opt/threefold/service.jar:$(printf '%s\n' /opt/threefold/lib/*.ja
 #     that. (It could also write down how often each method was called. With that, an instance begins to compile all of
 #     them thoroughly as it starts, and is slower in its first seconds.) PostgreSQL does not run as root.
 FROM build AS training
-COPY scripts/Train.java /training/
+COPY image/Train.java /training/
 RUN /opt/jdk/bin/javac -proc:none -d /training -cp "service.jar:/deps/training/*" /training/Train.java && chown nobody .
 USER nobody
 RUN /opt/jdk/bin/java -XX:+UseSerialGC -cp "/training:service.jar:/deps/training/*" Train \

@@ -1,190 +1,155 @@
-# What people type. `make` alone lists it.
+# What people type. `make` lists the targets that are used most, `make help-all` lists all.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-# The builder of before knows no here-documents.
+# Docker's legacy builder has no here-documents.
 export DOCKER_BUILDKIT := 1
 
-# What a caller has exported under these names is not meant for make: WSL exports NAME, csh HOST, the computer's.
+# Values that the caller's shell exports under these names are not meant for make: WSL exports NAME, csh HOST.
 $(foreach name,NAME HOST ID N FILE CASE WHAT,$(if $(findstring environment,$(origin $(name))),$(eval $(name) :=)))
 
-# Said when a target fails for want of something; `make doctor` finds out what.
-hint = { code=$$?; echo "That did not work; \`make doctor\` says what may be missing." >&2; exit $$code; }
+hint = { code=$$?; echo "Failed. \`make doctor\` lists what may be missing." >&2; exit $$code; }
 
-# A prompt on a terminal; without one, commands by a pipe: echo 'SELECT 1' | make psql
+# An interactive prompt needs a terminal; a pipe works too: echo 'SELECT 1' | make psql
 no_tty = $$([ -t 0 ] || echo -T)
 
-# What `make monitor` started is part of it.
-all_of_it = docker compose --profile monitor --profile grafana
+compose_all = docker compose --profile monitor --profile grafana
 
-.PHONY: help
+# A line with `##` is listed by `make`, a line with `##+` by `make help-all` alone.
+list = awk -v all="$(1)" 'BEGIN { FS = ":.*\#\#[+]? " } /^\#\#@/ { heading = substr($$0, 5) } \
+    /^[a-z-]+:.*\#\# / || all && /^[a-z-]+:.*\#\#[+] / { \
+      if (heading) print heading; heading = ""; printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' Makefile)
+
 help:
-	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	     /^[a-z-]+:.*##/ { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@$(call list)
+	@echo "make help-all lists all targets."
 
-##@ The stack
+help-all:
+	@$(call list,1)
 
-.PHONY: up
-up: ## builds, starts, waits until all is healthy, prints the address
+##@ Run
+up: ## build the image, start the stack, wait until it is healthy, print its address
 	@. scripts/lib.sh && own_stack && claim_data && check_nginx || $(hint)
 	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
 	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $$URL"
 
-.PHONY: build
-build: ## builds the image
+build: ## build the image of the service
 	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
 
-.PHONY: exercise
-exercise: ## sends visits and messages for a while and shows live who answered (SECONDS_LONG=20)
-	@scripts/exercise
+run: ## run one instance without Docker (jbang Service.java)
+	@./jbang Service.java
 
-.PHONY: ps
-ps: ## state of the containers
-	@docker compose ps --all
+down: ## stop the stack and keep its data
+	@. scripts/lib.sh && own_stack && $(compose_all) down --remove-orphans
 
-.PHONY: logs
-logs: ## what the containers say, as they say it
-	@docker compose logs --follow --tail 50
-
-.PHONY: trace
-trace: ## follows one request through all logs: make trace ID=… (the X-Request-Id of an answer)
-	@scripts/trace "$(ID)"
-
-.PHONY: restart
-restart: ## restarts every container
-	@. scripts/lib.sh && own_stack && check_nginx && docker compose restart && wait_ready
-
-.PHONY: rolling
-rolling: build ## builds, and replaces the web instances one at a time, without a failed request
-	@scripts/rolling
-
-.PHONY: scale
-scale: ## N web instances in all, 3 to 20, without a failed request: make scale N=6
-	@scripts/scale "$(N)"
-
-.PHONY: monitor
-monitor: ## Prometheus beside it, with rules and alerts, at port 9090 (GRAFANA=1: Grafana too, at port 3000)
-	@scripts/monitor || $(hint)
-
-.PHONY: down
-down: ## stops it; the data stay
-	@. scripts/lib.sh && own_stack && $(all_of_it) down --remove-orphans
-
-.PHONY: clean
-clean: ## stops it and removes data and the image, after asking
+clean: ##+ stop the stack and delete its data and image, after a question
 	@. scripts/lib.sh && own_stack
 	@name=$$(docker compose config | sed -n 's/^name: //p'); \
 	  read -rp "This deletes all messages and counters of the stack \"$$name\", and the image. Type yes: " answer || :; \
-	  [ "$$answer" = yes ] || { echo "Nothing was removed."; exit 1; }
-	@$(all_of_it) down --remove-orphans --volumes
+	  [ "$$answer" = yes ] || { echo "Nothing was deleted."; exit 1; }
+	@$(compose_all) down --remove-orphans --volumes
 	@docker image rm --force "$$(docker compose config web1 | sed -n 's/^    image: //p' | tail -n 1)" >/dev/null
 
-##@ Proof
+offline-images: ##+ build replacements of the official images if no registry can be reached (WHAT=monitor)
+	@image/base-images/build $(WHAT)
 
-.PHONY: test
-test: ## the service's own tests, with real PostgreSQL and Redis, no Docker needed
-	@./jbang tests/ServiceTest.java $(NAME) && ./jbang tests/OpenApiTest.java
+##@ See
+exercise: ## send visits and messages for 20 s and show live which instance answers (SECONDS_LONG=20)
+	@scripts/exercise
 
-.PHONY: lint
-lint: ## each language by its own tool (scripts/lint shell html: only these)
-	@scripts/lint
+logs: ## follow the logs of all containers
+	@docker compose logs --follow --tail 50
 
-.PHONY: test-lb
-test-lb: ## shows and checks that requests spread over the instances
-	@tests/load-balancing
+ps: ##+ list the containers and their health
+	@docker compose ps --all
 
-.PHONY: test-persist
-test-persist: ## restarts, kills and recreates all containers; checks that every message and count is still there
-	@tests/persistence
+trace: ##+ find one request in all logs by its X-Request-Id: make trace ID=…
+	@scripts/trace "$(ID)"
 
-.PHONY: test-failover
-test-failover: ## kills, stops, hangs parts under load; checks that nothing is lost, doubled or refused (CASE=…)
-	@tests/failover $(CASE)
+monitor: ##+ start Prometheus with rules and alerts on port 9090 (GRAFANA=1: and Grafana on port 3000)
+	@scripts/monitor || $(hint)
 
-.PHONY: test-environments
-test-environments: ## on machines unlike ours: other shells, proxies, settings, users, old volumes (CASE=…)
-	@tests/environments $(CASE)
-
-.PHONY: test-upgrade
-test-upgrade: ## from an earlier version to this one in place, under load: nothing is lost, doubled or refused
-	@tests/upgrade
-
-.PHONY: test-browser
-test-browser: ## opens the page in a real browser and uses it
-	@tests/browser/run
-
-.PHONY: test-monitor
-test-monitor: ## each target, rule and query of the dashboard has an answer; kills PostgreSQL and sees the alert
-	@tests/monitor
-
-.PHONY: pictures
-pictures: ## makes the pictures of README.md anew, on an empty stack of its own
-	@scripts/pictures
-
-.PHONY: test-docs
-test-docs: ## runs the commands of README.md and docs/
-	@tests/docs
-
-.PHONY: bench
-bench: ## measures against what the machine can do (QUICK=1: under two minutes)
-	@tests/bench/run
-
-.PHONY: bench-peers
-bench-peers: ## measures the same job in other frameworks beside this one (QUICK=1: to see that it works)
-	@tests/bench/peers/run
-
-##@ Three machines (docs/cluster.md)
-
-.PHONY: cluster-up
-cluster-up: ## three machines inside this one, and the stack on a Swarm of them (Linux, as root)
-	@cluster/up
-
-.PHONY: cluster-down
-cluster-down: ## …and all of it is gone, the data too
-	@cluster/down
-
-.PHONY: test-cluster
-test-cluster: ## takes these machines away under load; checks that nothing is lost, doubled or refused (CASE=…)
-	@tests/cluster $(CASE)
-
-.PHONY: cluster-bench
-cluster-bench: ## six instances against three, and what the copies cost, as ratios of one run
-	@cluster/bench
-
-.PHONY: test-kubernetes
-test-kubernetes: ## builds cluster/kubernetes and checks each field against the schema of the API
-	@base=cluster/kubernetes; if command -v kubectl >/dev/null; then kubectl kustomize $$base; \
-	  else kustomize build $$base; fi | ./jbang tests/Kubernetes.java
-
-##@ Without Docker, and data
-
-.PHONY: run
-run: ## one instance on this machine, no Docker: jbang Service.java
-	@./jbang Service.java
-
-.PHONY: psql
-psql: ## a prompt at the database
+psql: ##+ open a prompt of PostgreSQL
 	@docker compose exec $(no_tty) postgres psql
 
-.PHONY: redis-cli
-redis-cli: ## a prompt at Redis
+redis-cli: ##+ open a prompt of Redis
 	@docker compose exec $(no_tty) redis redis-cli
 
-.PHONY: backup
-backup: ## messages and counters into one archive: make backup FILE=threefold.tar.gz
-	@scripts/backup save "$(FILE)"
+##@ Prove
+test: ## test the service with real PostgreSQL and Redis, without Docker (NAME=…)
+	@./jbang tests/service/ServiceTest.java $(NAME) && ./jbang tests/service/OpenApiTest.java
 
-.PHONY: restore
-restore: ## …and back, after asking: make restore FILE=threefold.tar.gz
-	@scripts/backup load "$(FILE)"
+test-lb: ## check that requests are spread over all instances
+	@tests/stack/lb
 
-##@ Trouble
+test-persist: ## restart, kill and recreate all containers; check that no data are lost
+	@tests/stack/persist
 
-.PHONY: doctor
-doctor: ## what is present, what is missing, and how to get it
+test-failover: ## kill, stop and hang parts under load; check that no request fails and no data are lost (CASE=…)
+	@tests/stack/failover $(CASE)
+
+bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
+	@bench/run
+
+bench-peers: ##+ measure other frameworks beside the service (QUICK=1: in a few minutes)
+	@bench/peers/run
+
+lint: ##+ check each language by its own tool (scripts/lint shell html: two of the checks)
+	@scripts/lint
+
+test-browser: ##+ use the page in a real browser while parts of the stack are killed
+	@tests/browser/run
+
+test-docs: ##+ run the commands of README.md and docs/
+	@tests/stack/docs
+
+test-environments: ##+ run the stack under other shells, proxies, settings, users and old volumes (CASE=…)
+	@tests/stack/environments $(CASE)
+
+test-monitor: ##+ check each target, rule and dashboard query; kill PostgreSQL and check the alert
+	@tests/stack/monitor
+
+test-upgrade: ##+ update an earlier version in place under load; check that no request fails and no data are lost
+	@tests/stack/upgrade
+
+##@ Operate
+scale: ## run N web instances, 3 to 20, without a failed request: make scale N=6
+	@scripts/scale "$(N)"
+
+rolling: build ## build the image and replace the web instances one at a time, without a failed request
+	@scripts/rolling
+
+restart: ## restart all containers
+	@. scripts/lib.sh && own_stack && check_nginx && docker compose restart && wait_ready
+
+doctor: ## check what this machine has and lacks for all of these
 	@scripts/doctor
 
-.PHONY: offline-images
-offline-images: ## builds stand-ins for the official images, where no registry can be reached (WHAT=monitor: its)
-	@scripts/offline-images/build $(WHAT)
+backup: ##+ save messages and counters: make backup FILE=threefold.tar.gz
+	@scripts/backup save "$(FILE)"
+
+restore: ##+ replace messages and counters by a backup, after a question: make restore FILE=threefold.tar.gz
+	@scripts/backup load "$(FILE)"
+
+pictures: ##+ take the screenshots of README.md on a new, empty stack
+	@scripts/pictures
+
+##@ Three machines (docs/cluster.md)
+cluster-up: ##+ make three machines inside this one and run the stack on a Docker Swarm of them (Linux, as root)
+	@cluster/up
+
+cluster-down: ##+ remove the three machines and their data
+	@cluster/down
+
+test-cluster: ##+ take machines away under load; check that no data are lost (CASE=…)
+	@tests/stack/cluster $(CASE)
+
+cluster-bench: ##+ compare six instances with three, and measure the cost of replication
+	@bench/cluster
+
+test-kubernetes: ##+ build cluster/kubernetes and check each field against the schema of the API
+	@base=cluster/kubernetes; if command -v kubectl >/dev/null; then kubectl kustomize $$base; \
+	  else kustomize build $$base; fi | ./jbang tests/lint/KubernetesManifestCheck.java

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Three machines inside this one, to try the cluster on: each has a network and a Docker engine of its own, and hears of
-# the others through a bridge alone. For Linux, as root. Sourced by up, down and tests/cluster.
+# the others through a bridge alone. For Linux, as root. Sourced by up, down and tests/stack/cluster.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -156,7 +156,7 @@ swarm_leader() {
 others()           { local n; for n in $MACHINES; do [ "$n" = "$1" ] || printf '%s ' "$n"; done; }
 
 # whole: three machines that serve, two copies of everything. If not, $missing is what was asked last.
-# shellcheck disable=SC2034 # (tests/cluster says it)
+# shellcheck disable=SC2034 # (tests/stack/cluster says it)
 whole() {
   local n p
   for n in $MACHINES; do

@@ -1,0 +1,833 @@
+///usr/bin/env jbang "$0" "$@" ; exit $?
+//JAVA 21+
+//DEPS org.junit.jupiter:junit-jupiter:6.1.3
+//DEPS org.junit.platform:junit-platform-console:6.1.3
+//SOURCES ../../Service.java
+//SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java
+//SOURCES OutageTest.java StoresTest.java InstancesTest.java EmbeddedTest.java
+
+import com.google.gson.JsonObject;
+import com.google.gson.JsonParser;
+import org.junit.jupiter.api.AssertionFailureBuilder;
+import org.junit.jupiter.api.extension.BeforeEachCallback;
+import org.junit.jupiter.api.extension.ExtensionContext;
+import org.junit.jupiter.api.extension.TestWatcher;
+import org.junit.platform.console.ConsoleLauncher;
+import redis.clients.jedis.Jedis;
+
+import java.io.BufferedReader;
+import java.io.ByteArrayOutputStream;
+import java.io.EOFException;
+import java.io.IOException;
+import java.io.InputStream;
+import java.io.InputStreamReader;
+import java.io.OutputStream;
+import java.io.PrintWriter;
+import java.io.UncheckedIOException;
+import java.lang.management.ManagementFactory;
+import java.net.InetAddress;
+import java.net.InetSocketAddress;
+import java.net.ServerSocket;
+import java.net.Socket;
+import java.net.URI;
+import java.net.http.HttpClient;
+import java.net.http.HttpRequest;
+import java.net.http.HttpResponse;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.sql.Connection;
+import java.sql.DriverManager;
+import java.sql.ResultSet;
+import java.sql.SQLException;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.Comparator;
+import java.util.HashMap;
+import java.util.LinkedHashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Set;
+import java.util.TreeMap;
+import java.util.concurrent.Callable;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.ConcurrentLinkedDeque;
+import java.util.concurrent.ExecutionException;
+import java.util.concurrent.ExecutorService;
+import java.util.concurrent.Executors;
+import java.util.concurrent.Future;
+import java.util.concurrent.ThreadLocalRandom;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicInteger;
+import java.util.logging.Handler;
+import java.util.logging.Level;
+import java.util.logging.LogManager;
+import java.util.logging.LogRecord;
+import java.util.logging.Logger;
+import java.util.stream.Collectors;
+import java.util.stream.Stream;
+
+import static java.nio.charset.StandardCharsets.ISO_8859_1;
+import static java.nio.charset.StandardCharsets.UTF_8;
+
+/**
+ * The service's own tests, against a real PostgreSQL and a real Redis that they start for themselves.
+ *
+ * <pre>
+ *   ./jbang tests/service/ServiceTest.java             all of them
+ *   ./jbang tests/service/ServiceTest.java NAME ...    those whose class or method name contains NAME
+ * </pre>
+ *
+ * Here: the list of subjects, and what the tests are written with. What they don't need: Docker, nginx, a
+ * port that is free. Those are for tests/ of the stack.
+ */
+final class ServiceTest {
+    static final List<Class<?>> SUBJECTS = List.of(ConfigurationTest.class, HttpTest.class, MessagesTest.class,
+            EventsTest.class, OutageTest.class, StoresTest.class, InstancesTest.class,
+            EmbeddedTest.class);
+
+    public static void main(String[] names) { run(SUBJECTS, names); }
+
+    static void run(List<Class<?>> subjects, String... names) {
+        System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // what libraries unpack goes with it
+        Evidence.collect();
+        List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
+                "--details=tree",
+                "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
+                + ".generator.default=org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
+                "--config", "junit.jupiter.execution.timeout.default=60 s"));
+        for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
+        for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
+        int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err),
+                arguments.toArray(String[]::new))
+                .getExitCode();
+        Servers.close();
+        System.exit(code);
+    }
+}
+
+/** What the services logged, shown for a test that failed: those in this process, and those started as programs. */
+final class Evidence implements BeforeEachCallback, TestWatcher {
+    private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
+
+    /** Takes the lines where the service's own writer would; that one is never started here,
+            so they stay off the screen. */
+    static void collect() {
+        Thread.ofPlatform().name("test-evidence").daemon().start(() -> {
+            try {
+                while (true) add(Log.take());
+            } catch (InterruptedException e) { /* the end */ }
+        });
+        LogManager.getLogManager().reset();
+        Logger.getLogger("").addHandler(new Handler() {
+            @Override public void publish(LogRecord record) {
+                if (record.getLevel().intValue() >= Level.WARNING.intValue())
+                    add("library " + record.getLoggerName() + ": " + record.getMessage() + " " + record.getThrown());
+            }
+            @Override public void flush() {}
+            @Override public void close() {}
+        });
+    }
+
+    @Override public void beforeEach(ExtensionContext context) { clear(); }
+
+    @Override public void testFailed(ExtensionContext context, Throwable why) {
+        System.out.println("FAIL  " + context.getDisplayName() + ": " + why + "\n  the log, last lines:");
+        last(20).forEach(line -> System.out.println("    " + line.substring(0, Math.min(line.length(), 500))));
+    }
+
+    static void add(String line) {
+        LINES.add(line);
+        while (LINES.size() > 5_000) LINES.poll();
+    }
+
+    static void clear() { LINES.clear(); }
+
+    static List<String> all() { return new ArrayList<>(LINES); }
+
+    /** The last lines; of those that differ in time and request only, as asking again and again makes them,
+            the last. */
+    static List<String> last(int count) {
+        LinkedHashMap<String, String> different = new LinkedHashMap<>();
+        for (String line : all()) different.putLast(line.replaceAll("\"(time|request)\":\"[^\"]*\",", ""), line);
+        return different.values().stream().skip(Math.max(0, different.size() - count)).toList();
+    }
+}
+
+/**
+ * The one pair of PostgreSQL and Redis that all tests share, and three instances in front of it. All that a run leaves
+ * lies in one folder. A guard, a shell at the other end of a pipe, clears up when this process is gone, even by kill
+ * -9.
+ */
+final class Servers {
+    static final Path FOLDER = folder();
+    private static final AtomicInteger DATABASES = new AtomicInteger();
+    private static Process guard;
+    private static Embedded embedded;
+    private static Config config;
+    private static List<Instance> three;
+    private static String database;
+
+    private static final String GUARD = """
+            trap '' INT TERM HUP
+            cat >/dev/null
+            for file in "$0"/program-*.pid; do
+                [ -f "$file" ] && kill -KILL "$(cat "$file")"
+            done
+            for file in "$0"/*/redis/redis.pid "$0"/*/postgres/postmaster.pid; do
+                [ -f "$file" ] && pid=$(head -n 1 "$file") && kill -QUIT "$pid" && kill -CONT "$pid"
+            done
+            for exe in /proc/[0-9]*/exe; do # on Linux also those that a broken service has lost sight of
+                case $(readlink "$exe") in "$0"/*) ;; *) continue ;; esac
+                pid=${exe#/proc/}; kill -QUIT "${pid%/exe}"; kill -CONT "${pid%/exe}"
+            done
+            for try in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && exit; sleep 1; done
+            """;
+
+    private static Path folder() {
+        try {
+            Path folder = Path.of(System.getProperty("java.io.tmpdir"), "threefold-test-" + ProcessHandle.current()
+                    .pid());
+            Files.createDirectories(folder);
+            guard = new ProcessBuilder("sh", "-c", GUARD, folder.toString())
+                    .redirectOutput(ProcessBuilder.Redirect.DISCARD)
+                    .redirectError(ProcessBuilder.Redirect.DISCARD).start();
+            Runtime.getRuntime().addShutdownHook(new Thread(Servers::close));
+            return folder;
+        } catch (IOException e) { throw new UncheckedIOException(e); }
+    }
+
+    private static synchronized Config servers() {
+        try {
+            if (embedded == null) {
+                embedded = new Embedded(Config.from(Map.of("INSTANCE_ID", "test",
+                        "DATA_DIR", FOLDER.resolve("shared").toString())));
+                config = embedded.start();
+            }
+            return config;
+        } catch (Config.Invalid e) { throw new IllegalStateException(e); }
+    }
+
+    static int redisPort() { return servers().redis().hosts().getFirst().getPort(); }
+    static int databasePort() { return servers().postgres().hosts().getFirst().getPort(); }
+
+    /** For a Redis of a test's own. */
+    static Path redisProgram() throws IOException {
+        servers();
+        try (Stream<Path> versions = Files.list(FOLDER.resolve("shared/redis-bin"))) {
+            return versions.findFirst().orElseThrow().resolve("redis-server");
+        }
+    }
+
+    /** Of both servers. */
+    static String password() { return servers().redis().pass().value(); }
+
+    /** web1, web2 and web3 on one database, for all tests that leave them as they were. */
+    static synchronized List<Instance> three() {
+        if (three == null) {
+            database = newDatabase();
+            three = Stream.of("web1", "web2", "web3").map(name -> new Instance(name, environment(database))).toList();
+            three.forEach(Instance::awaitReady);
+        }
+        return three;
+    }
+
+    /** The database of the three. */
+    static String database() { return database; }
+
+    static Instance one() { return three().getFirst(); }
+
+    /** Where the servers are, as an instance is told it; without PORT and INSTANCE_ID. */
+    static Map<String, String> environment(String database) {
+        return Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + redisPort(), "DB_HOST", "127.0.0.1",
+                "DB_PORT", "" + databasePort(), "DB_NAME", database, "DB_USER", "postgres", "DB_PASS", password(),
+                "REDIS_PASS", password(), "DRAIN_MILLIS", "0");
+    }
+
+    /** A connection of the tests' own. */
+    static Jedis jedis() {
+        Jedis jedis = new Jedis("127.0.0.1", redisPort());
+        jedis.auth(password());
+        return jedis;
+    }
+
+    static String newDatabase() {
+        String name = "board" + DATABASES.incrementAndGet();
+        sql("postgres", "CREATE DATABASE " + name);
+        return name;
+    }
+
+    static Connection connect(String database) throws SQLException {
+        return DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + databasePort() + "/" + database, "postgres",
+                password());
+    }
+
+    /** The first column of the answer, if it is one; tells nothing of the service but what PostgreSQL says. */
+    static List<String> sql(String database, String statement) {
+        try (Connection connection = connect(database);
+             var work = connection.createStatement()) {
+            List<String> rows = new ArrayList<>();
+            if (work.execute(statement))
+                for (ResultSet row = work.getResultSet(); row.next(); ) rows.add(row.getString(1));
+            return rows;
+        } catch (SQLException e) { throw new IllegalStateException(statement, e); }
+    }
+
+    /** Below those that systems give to outgoing connections, or one of these takes it while nobody listens. */
+    static int freePort() {
+        while (true) {
+            int port = ThreadLocalRandom.current().nextInt(20_000, 32_000);
+            try (ServerSocket socket = new ServerSocket(port)) {
+                return socket.getLocalPort();
+            } catch (IOException e) { /* taken: another one */ }
+        }
+    }
+
+    static synchronized void close() {
+        if (guard == null) return;
+        if (three != null) three.forEach(Instance::close);
+        if (embedded != null) embedded.close();
+        try {
+            guard.getOutputStream().close();
+            if (!guard.waitFor(15, TimeUnit.SECONDS)) System.out.println("could not remove " + FOLDER);
+        } catch (IOException | InterruptedException e) { System.out.println("could not clear up: " + e); }
+        guard = null;
+    }
+}
+
+/** Asks again and again, instead of sleeping and hoping. */
+final class Wait {
+    /** What the contract promises for the worst case, and a second for a machine that is busy with other things. */
+    static final Duration PROMISED = Duration.ofSeconds(2).plusSeconds(1);
+
+    interface Condition { boolean holds() throws Exception; }
+
+    static void until(String what, Condition condition) { until(what, Duration.ofSeconds(15), condition); }
+
+    static void until(String what, Duration most, Condition condition) {
+        long end = System.nanoTime() + most.toNanos();
+        Object last = false;
+        do {
+            try {
+                if (condition.holds()) return;
+                last = "it did not hold";
+            } catch (Exception | AssertionError e) { last = e; }
+            pause();
+        } while (System.nanoTime() < end);
+        throw new AssertionError("expected within " + most.toMillis() + " ms: " + what + "; at the last look: " + last);
+    }
+
+    private static void pause() {
+        try {
+            Thread.sleep(20);
+        } catch (InterruptedException e) { throw new IllegalStateException("it took too long", e); }
+    }
+
+    /**
+     * Runs this meanwhile, on a thread of its own. Never on the common pool: the HTTP client hands its answers over
+     * there, and on two cores it has one thread.
+     */
+    static <T> CompletableFuture<T> meanwhile(Callable<T> work) {
+        CompletableFuture<T> result = new CompletableFuture<>();
+        Thread.ofVirtual().start(() -> {
+            try {
+                result.complete(work.call());
+            } catch (Throwable e) { result.completeExceptionally(e); }
+        });
+        return result;
+    }
+
+    /** Runs all of it at the same time, each in a thread of its own, and gives what came out in the same order. */
+    static <T> List<T> together(List<? extends Callable<T>> work) throws Exception {
+        try (ExecutorService threads = Executors.newVirtualThreadPerTaskExecutor()) {
+            List<T> results = new ArrayList<>();
+            for (Future<T> one : threads.invokeAll(work)) results.add(one.get());
+            return results;
+        } catch (ExecutionException e) { throw e.getCause() instanceof Exception cause ? cause : e; }
+    }
+}
+
+/** What came back. */
+record Answer(int status, Map<String, List<String>> headers, String body) {
+    String header(String name) {
+        List<String> values = headers.get(name);
+        return values == null ? null : values.getFirst();
+    }
+
+    JsonObject json() { return JsonParser.parseString(body).getAsJsonObject(); }
+
+    String text(String field) { return json().get(field).getAsString(); }
+
+    long id() { return json().get("id").getAsLong(); }
+
+    Answer expect(int expected) {
+        if (status != expected) throw AssertionFailureBuilder.assertionFailure().message("status")
+                .expected(expected).actual(status + " in " + this).build();
+        return this;
+    }
+
+    /** An error as RFC 9457 has it, that names the field or parameter it is about, and tells nothing of our insides. */
+    Answer problem(int expected, String... named) {
+        expect(expected);
+        String type = header("content-type");
+        if (type == null || !type.startsWith("application/problem+json"))
+            throw AssertionFailureBuilder.assertionFailure()
+                .message("type").expected("application/problem+json").actual(type + " in " + this).build();
+        if (json().get("status").getAsInt() != expected || json().get("title").getAsString().isBlank())
+            throw new AssertionError("expected a title and the status " + expected + ", actual: " + this);
+        for (String name : named)
+            if (!body.contains(name)) throw new AssertionError("expected a problem that names " + name + ", actual: "
+                    + this);
+        if (body.contains("Exception") || body.contains("\\tat ") || body.contains(".java"))
+            throw new AssertionError("expected a problem without our insides, actual: " + this);
+        return this;
+    }
+
+    /** Says when to come again. */
+    Answer unavailable() {
+        problem(503);
+        if (header("retry-after") == null) throw new AssertionError("expected Retry-After, actual: " + this);
+        return this;
+    }
+
+    static Map<String, List<String>> anyCase(Map<String, List<String>> headers) {
+        Map<String, List<String>> found = new TreeMap<>(String.CASE_INSENSITIVE_ORDER);
+        found.putAll(headers);
+        return found;
+    }
+}
+
+/** Makes requests of one instance. */
+class Caller {
+    static final HttpClient CLIENT = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1)
+            .connectTimeout(Duration.ofSeconds(5)).build();
+    static final String JSON = "application/json", FORM = "application/x-www-form-urlencoded";
+    final int port;
+
+    Caller(int port) { this.port = port; }
+
+    URI uri(String path) { return URI.create("http://127.0.0.1:" + port + path); }
+
+    Wire wire() throws IOException { return new Wire(port); }
+
+    /** One request on a connection of its own, to the byte. */
+    Answer raw(String request) throws IOException {
+        try (Wire wire = wire()) { return wire.send(request).read(); }
+    }
+
+    /** @param headers names and values in turn */
+    CompletableFuture<Answer> later(String method, String path, byte[] body, String... headers) {
+        HttpRequest.Builder request = HttpRequest.newBuilder(uri(path)).timeout(Duration.ofSeconds(20))
+                .method(method, body == null ? HttpRequest.BodyPublishers.noBody()
+                        : HttpRequest.BodyPublishers.ofByteArray(body));
+        if (headers.length > 0) request.headers(headers);
+        return CLIENT.sendAsync(request.build(), HttpResponse.BodyHandlers.ofByteArray()).thenApply(response ->
+                new Answer(response.statusCode(), Answer.anyCase(response.headers().map()),
+                        new String(response.body(), UTF_8)));
+    }
+
+    Answer send(String method, String path, byte[] body, String... headers) {
+        try {
+            return later(method, path, body, headers).get(25, TimeUnit.SECONDS);
+        } catch (Exception e) {
+            throw new AssertionError("expected an answer to " + method + " " + path + ", actual: " + e, e);
+        }
+    }
+
+    Answer get(String path, String... headers) { return send("GET", path, null, headers); }
+
+    Answer post(byte[] json, String... headers) {
+        return send("POST", "/api/messages", json, and(headers, "Content-Type", JSON));
+    }
+
+    Answer post(String json, String... headers) { return post(json.getBytes(UTF_8), headers); }
+
+    /** Sends a message as JSON. */
+    Answer say(String author, String body, String... headers) { return post(message(author, body), headers); }
+
+    Answer form(String encoded, String... headers) {
+        return send("POST", "/api/messages", encoded.getBytes(UTF_8), and(headers, "Content-Type", FORM));
+    }
+
+    static String message(String author, String body) {
+        JsonObject json = new JsonObject();
+        json.addProperty("author", author);
+        json.addProperty("body", body);
+        return json.toString();
+    }
+
+    long visits() { return get("/").expect(200).json().get("visits").getAsLong(); }
+
+    long total() { return get("/api/visits").expect(200).json().get("total").getAsLong(); }
+
+    void awaitReady() {
+        Wait.until("ready", Duration.ofSeconds(30), () -> get("/readyz").expect(200).text("status").equals("ready"));
+    }
+
+    /** The value of a metric, its labels included in the name. */
+    double metric(String name) {
+        return get("/metrics").expect(200).body().lines().filter(line -> line.startsWith(name + " "))
+                .mapToDouble(line -> Double.parseDouble(line.substring(name.length()).strip())).findFirst().orElse(0);
+    }
+
+    static String[] and(String[] some, String... more) {
+        return Stream.concat(Stream.of(some), Stream.of(more)).toArray(String[]::new);
+    }
+}
+
+/** A service in this process, on a port of its own. */
+final class Instance extends Caller implements AutoCloseable {
+    final Service service;
+    final String name;
+    private boolean closed;
+
+    Instance(String name, Map<String, String> environment) { this(name, begin(name, environment)); }
+
+    private Instance(String name, Service service) {
+        super(service.port());
+        this.name = name;
+        this.service = service;
+    }
+
+    private static Service begin(String name, Map<String, String> environment) {
+        for (int tries = 1; ; tries++) {
+            Map<String, String> all = new HashMap<>(environment);
+            all.put("INSTANCE_ID", name);
+            all.put("PORT", "" + Servers.freePort());
+            try {
+                return new Service(Config.from(all)).start();
+            } catch (Config.Invalid e) { // somebody else had that port first
+                if (tries == 3) throw new IllegalStateException(e);
+            } catch (IOException e) { throw new UncheckedIOException(e); }
+        }
+    }
+
+    @Override public void close() {
+        if (!closed) service.close();
+        closed = true;
+    }
+}
+
+/** A service as a program of its own, `java Service` or `jbang Service.java`,
+        with nothing in its environment but this. */
+final class Program extends Caller implements AutoCloseable {
+    final Process process;
+    private final List<String> out = new ArrayList<>(), err = new ArrayList<>();
+    private final List<Thread> readers = new ArrayList<>();
+    private final Path pidFile;
+
+    private Program(int port, List<String> command, Map<String, String> environment) throws IOException {
+        super(port);
+        ProcessBuilder builder = new ProcessBuilder(command).directory(root().toFile());
+        builder.environment().keySet().retainAll(Set.of("PATH", "LANG", "LC_ALL", "JAVA_HOME"));
+        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", ""
+                + port));
+        builder.environment().putAll(environment);
+        process = builder.start();
+        pidFile = Files.writeString(Servers.FOLDER.resolve("program-" + process.pid() + ".pid"), "" + process.pid());
+        read(process.getInputStream(), out);
+        read(process.getErrorStream(), err);
+    }
+
+    static Program java(Map<String, String> environment) throws IOException {
+        return java(Servers.freePort(), environment);
+    }
+
+    static Program java(int port, Map<String, String> environment) throws IOException {
+        return java(port, environment, System.getProperty("java.class.path"));
+    }
+
+    /** With what the image has of the libraries: no servers to start. */
+    static Program withoutServers(Map<String, String> environment) throws IOException {
+        return java(Servers.freePort(), environment, Stream.of(System.getProperty("java.class.path").split(":"))
+                .filter(jar -> !jar.matches(".*/(embedded-|commons-compress-|xz-).*"))
+                .collect(Collectors.joining(":")));
+    }
+
+    /** Started by a shell that does something first. */
+    static Program javaAfter(String before, Map<String, String> environment) throws IOException {
+        List<String> command = new ArrayList<>(List.of("sh", "-c", before + "; exec \"$@\"", "sh"));
+        command.addAll(command(System.getProperty("java.class.path")));
+        return new Program(Servers.freePort(), command, environment);
+    }
+
+    /** Started at a terminal, whose keyboard is the process's standard input. */
+    static Program atTerminal(Map<String, String> environment) throws IOException {
+        return new Program(Servers.freePort(), List.of("script", "-qec", "exec '" + String.join("' '",
+                command(System.getProperty("java.class.path"))) + "'", "/dev/null"), environment);
+    }
+
+    private static Program java(int port, Map<String, String> environment, String classPath) throws IOException {
+        return new Program(port, command(classPath), environment);
+    }
+
+    private static List<String> command(String classPath) {
+        List<String> command = new ArrayList<>(List.of(System.getProperty("java.home") + "/bin/java",
+                "-Djava.io.tmpdir=" + Servers.FOLDER));
+        command.addAll(ManagementFactory.getRuntimeMXBean().getInputArguments());
+        command.addAll(List.of("-cp", classPath, "Service"));
+        return command;
+    }
+
+    static Program jbang(Map<String, String> environment) throws IOException {
+        Map<String, String> all = new HashMap<>(environment);
+        all.put("HOME", System.getProperty("user.home")); // what JBang has fetched is there
+        all.put("JAVA_TOOL_OPTIONS", "-Djava.io.tmpdir=" + Servers.FOLDER);
+        for (String name : List.of("JBANG_DIR", "JBANG_CACHE_DIR", "JBANG_REPO", "MAVEN_CENTRAL"))
+            if (System.getenv(name) != null) all.put(name, System.getenv(name));
+        return new Program(Servers.freePort(), List.of(root().resolve("jbang").toString(), "Service.java"), all);
+    }
+
+    /** The checkout: where Service.java and jbang are. */
+    static Path root() {
+        for (Path folder = Path.of("").toAbsolutePath(); folder != null; folder = folder.getParent())
+            if (Files.exists(folder.resolve("Service.java")) && Files.exists(folder.resolve("jbang"))) return folder;
+        throw new IllegalStateException("run this inside the checkout");
+    }
+
+    private void read(InputStream from, List<String> to) {
+        readers.add(Thread.ofVirtual().start(() -> {
+            try (BufferedReader lines = new BufferedReader(new InputStreamReader(from, UTF_8))) {
+                for (String line; (line = lines.readLine()) != null; ) {
+                    synchronized (to) { to.add(line); }
+                    Evidence.add("program " + process.pid() + ": " + line);
+                }
+            } catch (IOException e) { /* it ended */ }
+        }));
+    }
+
+    List<String> out() { synchronized (out) { return List.copyOf(out); } }
+    List<String> err() { synchronized (err) { return List.copyOf(err); } }
+
+    int exitCode() throws InterruptedException {
+        if (!process.waitFor(40, TimeUnit.SECONDS)) throw new AssertionError("expected an end, but it still runs");
+        for (Thread reader : readers) reader.join(5_000);
+        return process.exitValue();
+    }
+
+    @Override public void close() throws IOException {
+        process.destroy();
+        try {
+            if (!process.waitFor(15, TimeUnit.SECONDS)) process.destroyForcibly().waitFor();
+        } catch (InterruptedException e) { process.destroyForcibly(); }
+        Files.deleteIfExists(pidFile);
+    }
+}
+
+/** A bare connection, for what no HTTP client would send. */
+final class Wire implements AutoCloseable {
+    final Socket socket;
+    private final InputStream in;
+
+    Wire(int port) throws IOException { this(port, 0); }
+
+    /** @param buffer how many bytes may wait to be read, 0: as the system likes */
+    Wire(int port, int buffer) throws IOException {
+        socket = new Socket();
+        if (buffer > 0) socket.setReceiveBufferSize(buffer);
+        socket.connect(new InetSocketAddress("127.0.0.1", port), 5_000);
+        socket.setSoTimeout(15_000);
+        in = new java.io.BufferedInputStream(socket.getInputStream(), Math.max(buffer, 8_192));
+    }
+
+    Wire send(String text) throws IOException { return send(text.getBytes(UTF_8)); }
+
+    Wire send(byte[] bytes) throws IOException {
+        socket.getOutputStream().write(bytes);
+        return this;
+    }
+
+    /** Sends all of it even if the other side stops listening: it may have answered before it did. */
+    Wire push(byte[] bytes) {
+        try {
+            send(bytes);
+        } catch (IOException e) { /* the answer tells */ }
+        return this;
+    }
+
+    Wire end() throws IOException {
+        socket.shutdownOutput();
+        return this;
+    }
+
+    Answer read() throws IOException { return read(false); }
+
+    Answer read(boolean toHead) throws IOException {
+        String status = line();
+        if (!status.startsWith("HTTP/1.")) throw new AssertionError("expected an answer, actual: " + status);
+        Map<String, List<String>> headers = new TreeMap<>(String.CASE_INSENSITIVE_ORDER);
+        for (String line; !(line = line()).isEmpty(); )
+            headers.computeIfAbsent(line.substring(0, line.indexOf(':')), n -> new ArrayList<>())
+                    .add(line.substring(line.indexOf(':') + 1).strip());
+        int code = Integer.parseInt(status.substring(9, 12));
+        byte[] body = toHead || code == 204 || code < 200 ? new byte[0] : body(headers);
+        return new Answer(code, headers, new String(body, UTF_8));
+    }
+
+    private byte[] body(Map<String, List<String>> headers) throws IOException {
+        if (headers.containsKey("content-length"))
+            return in.readNBytes(Integer.parseInt(headers.get("content-length").getFirst()));
+        if (!headers.containsKey("transfer-encoding")) return in.readAllBytes();
+        ByteArrayOutputStream all = new ByteArrayOutputStream();
+        for (int size; (size = Integer.parseInt(line(), 16)) > 0; line()) all.write(in.readNBytes(size));
+        line();
+        return all.toByteArray();
+    }
+
+    /** The next line of a stream. */
+    String readLine() throws IOException { return line(); }
+
+    private String line() throws IOException {
+        ByteArrayOutputStream line = new ByteArrayOutputStream();
+        for (int c; (c = in.read()) != '\n'; ) {
+            if (c < 0) throw new EOFException("expected an answer, but the connection was closed after \"" + line
+                    + '"');
+            line.write(c);
+        }
+        return line.toString(ISO_8859_1).stripTrailing();
+    }
+
+    /** Whether the other side hung up; waits for it. */
+    boolean isClosed() {
+        try {
+            return in.read() < 0;
+        } catch (java.net.SocketTimeoutException e) { return false; } catch (IOException e) { return true; }
+    }
+
+    /** Reads on to the end of a chunked answer, or of the connection; false if there is none. */
+    boolean endsAfterWhatIsLeft() {
+        try {
+            for (String line = ""; !line.equals("0"); ) line = line();
+            return true;
+        } catch (java.net.SocketTimeoutException e) { return false; } catch (IOException e) { return true; }
+    }
+
+    @Override public void close() throws IOException { socket.close(); }
+}
+
+/** The way to a server, that can be cut, mended, left hanging, or made to lose an answer. */
+final class Cable implements AutoCloseable {
+    private final int port;
+    private final Set<Socket> ends = ConcurrentHashMap.newKeySet();
+    private final AtomicInteger accepted = new AtomicInteger();
+    private volatile int target, line;
+    private volatile boolean hanging, closed;
+    private volatile String losing;
+    private volatile ServerSocket entry;
+
+    Cable(int target) throws IOException {
+        this.target = target;
+        this.port = Servers.freePort();
+        mend();
+    }
+
+    int port() { return port; }
+
+    /** How many connections came this way. */
+    int accepted() { return accepted.get(); }
+
+    void leadTo(int target) { this.target = target; }
+
+    /** From now on nothing comes through, and nobody is told. */
+    void hang() { hanging = true; }
+
+    /** As a machine that loses power: what is open never says anything again, and new ones are refused until mended. */
+    void vanish() throws IOException {
+        line++;
+        ServerSocket was = entry;
+        entry = null;
+        was.close();
+    }
+
+    /** From now on every connection is refused, those that are open end. */
+    void cut() throws IOException {
+        ServerSocket was = entry;
+        entry = null;
+        if (was != null) was.close();
+        for (Socket end : ends) drop(end);
+    }
+
+    synchronized void mend() throws IOException {
+        hanging = false;
+        if (entry != null) return;
+        ServerSocket opened = new ServerSocket();
+        opened.setReuseAddress(true);
+        for (int tries = 0; !opened.isBound();
+                tries++) // the socket that was cut may take a moment to let go of the port
+            try {
+                opened.bind(new InetSocketAddress(InetAddress.getLoopbackAddress(), port), 200);
+            } catch (java.net.BindException e) {
+                if (tries == 100) throw e;
+                java.util.concurrent.locks.LockSupport.parkNanos(20_000_000);
+            }
+        entry = opened;
+        Thread.ofVirtual().start(() -> accept(opened));
+    }
+
+    /** What is said with this word in it arrives, but its answer is lost, and the connection with it. Once. */
+    void loseAnswerTo(String word) { losing = word; }
+
+    boolean hasLost() { return losing == null; }
+
+    private void accept(ServerSocket at) {
+        while (!at.isClosed()) {
+            Socket here = null;
+            try {
+                here = at.accept();
+                accepted.incrementAndGet();
+                ends.add(here);
+                Socket from = here;
+                Thread.ofVirtual().start(() -> join(from));
+            } catch (IOException e) { drop(here); }
+        }
+    }
+
+    private void join(Socket here) {
+        int itsLine = line;
+        try {
+            waitWhileHanging(itsLine);
+            Socket there = new Socket("127.0.0.1", target);
+            ends.add(there);
+            AtomicInteger lost = new AtomicInteger();
+            Thread.ofVirtual().start(() -> pump(here, there, lost, true, itsLine));
+            pump(there, here, lost, false, itsLine);
+        } catch (IOException | InterruptedException e) { drop(here); }
+    }
+
+    private void pump(Socket from, Socket to, AtomicInteger lost, boolean questions, int itsLine) {
+        try {
+            byte[] bytes = new byte[65_536];
+            InputStream in = from.getInputStream();
+            OutputStream out = to.getOutputStream();
+            for (int count; (count = in.read(bytes)) >= 0; out.write(bytes, 0, count)) {
+                waitWhileHanging(itsLine);
+                String word = losing;
+                if (questions && word != null && new String(bytes, 0, count, ISO_8859_1).contains(word)) lost.set(1);
+                if (!questions && lost.get() == 1) {
+                    losing = null;
+                    break;
+                }
+            }
+        } catch (IOException | InterruptedException e) { /* then both ends go */ }
+        drop(from);
+        drop(to);
+    }
+
+    private void waitWhileHanging(int itsLine) throws InterruptedException {
+        while ((hanging || itsLine != line) && !closed) Thread.sleep(5);
+    }
+
+    private void drop(Socket end) {
+        try {
+            if (end != null && ends.remove(end)) {
+                end.setSoLinger(true, 0);
+                end.close();
+            }
+        } catch (IOException e) { /* it is gone */ }
+    }
+
+    @Override public void close() throws IOException {
+        closed = true;
+        cut();
+    }
+}
