@@ -125,7 +125,6 @@ reload_nginx() {
   # (The mounted file stays the old one when an editor writes it anew, until the container is started again.)
   # shellcheck disable=SC2016 # for the shell there
   docker compose exec -T nginx sh -ec '
-    [ -e /tmp/nginx.conf ] || exit 0         # an earlier version of this project started it: Compose makes it anew
     cat >/tmp/new.conf
     ! cmp -s /tmp/new.conf /tmp/nginx.conf || exit 0
     nginx -t -q -c /tmp/new.conf
