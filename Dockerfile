@@ -98,9 +98,9 @@ ENV LC_CTYPE=C.UTF-8 \
     MALLOC_ARENA_MAX=2
 USER 10001:10001
 # The build fails if the cache does not fit, or if the locale does not: a password outside ASCII would be misread.
-RUN said=$(java/bin/java @java.options -XX:AOTMode=on -XX:AOTCache=/opt/threefold/service.aot \
-      -XshowSettings:properties -version 2>&1) && echo "$said" | grep 'sun.jnu.encoding = UTF-8' \
- || { echo "$said"; exit 1; }
+RUN output=$(java/bin/java @java.options -XX:AOTMode=on -XX:AOTCache=/opt/threefold/service.aot \
+      -XshowSettings:properties -version 2>&1) && echo "$output" | grep 'sun.jnu.encoding = UTF-8' \
+ || { echo "$output"; exit 1; }
 EXPOSE 9999
 # Process 1 is java itself, so that SIGTERM reaches it.
 ENTRYPOINT ["/opt/threefold/java/bin/java", "@/opt/threefold/java.options", \
