@@ -77,14 +77,11 @@ public final class Train {
     public static void main(String[] command) throws Exception {
         Embedded servers = new Embedded(Config.from(Map.of("DATA_DIR", Files.createTempDirectory("train") + "/data")));
         try {
-            Config config = servers.start();
             int port = freePort();
             ProcessBuilder builder = new ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT)
                     .redirectOutput(ProcessBuilder.Redirect.DISCARD); // a line for each refused request
-            builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train", "DRAIN_MILLIS", "0",
-                    "DB_HOST", "" + config.postgres().hosts().getFirst(), "DB_NAME", "postgres", "DB_USER", "postgres",
-                    "DB_PASS", config.postgres().pass().value(),
-                    "REDIS_HOST", "" + config.redis().hosts().getFirst(), "REDIS_PASS", config.redis().pass().value()));
+            builder.environment().putAll(servers.start(Map.of()));
+            builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train", "DRAIN_MILLIS", "0"));
             Process instance = builder.start();
             try {
                 load(port);
