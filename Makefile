@@ -31,10 +31,11 @@ help-all:
 	@$(call list,1)
 
 ##@ Run
-up: ## build the image, start the stack, wait until it is healthy, print its address
-	@. scripts/lib.sh && own_stack && claim_data && check_nginx || $(hint)
-	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
-	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $$URL"
+up: ## build the image, start the stack, wait until it is healthy, print its address (BALANCE=least_conn)
+	@. scripts/lib.sh && own_stack && check_balance && claim_data && check_nginx || $(hint)
+	@BALANCE=$$(. scripts/lib.sh && first_balance) docker compose up --detach --build --wait || \
+	  { scripts/why >&2; false; } || $(hint)
+	@. scripts/lib.sh && reload_nginx "$${BALANCE:-round-robin}" && say "Threefold answers at $$URL"
 
 build: ## build the image of the service
 	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
@@ -82,7 +83,7 @@ redis-cli: ##+ open a prompt of Redis
 test: ## test the service with real PostgreSQL and Redis, without Docker (NAME=…)
 	@./jbang tests/service/ServiceTest.java $(NAME) && ./jbang tests/service/OpenApiTest.java
 
-test-lb: ## check that requests are spread over all instances
+test-lb: ## check that nginx distributes requests as its load-balancing algorithm promises
 	@tests/stack/lb
 
 test-persist: ## restart, kill and recreate all containers; check that no data are lost

@@ -151,22 +151,46 @@ claim_data() {
 
 nginx_runs() { [ -n "$(docker compose ps -q --status running nginx)" ]; }
 
+# nginx_conf ALGORITHM: nginx.conf with this load-balancing algorithm
+nginx_conf() { sed "s/#$1 //" nginx.conf; }
+
+# balance: the load-balancing algorithm in force
+balance() {
+  # shellcheck disable=SC2016 # expanded in the container
+  docker compose exec -T nginx sh -c 'cat "/balance/$HOSTNAME" 2>/dev/null || echo "${BALANCE:-round-robin}"'
+}
+
+# check_balance: stops if nginx does not know the algorithm
+check_balance() {
+  case ${BALANCE:-round-robin} in round-robin | least_conn | random | ip_hash) ;; *)
+    say "BALANCE=\"$BALANCE\" cannot be used, nothing was changed: it needs round-robin, least_conn, random" \
+      "or ip_hash" >&2
+    exit 1 ;;
+  esac
+}
+
+# first_balance: the algorithm with which nginx was started, so that Compose keeps its container; reload_nginx follows
+first_balance() { nginx_runs && docker compose exec -T nginx printenv BALANCE || say "${BALANCE:-round-robin}"; }
+
 # check_nginx: stops if nginx runs and cannot use the nginx.conf of this folder
 check_nginx() {
   nginx_runs || return 0
-  ! docker compose exec -T nginx cmp -s - /tmp/nginx.conf <nginx.conf || return 0
+  ! nginx_conf "$(balance)" | docker compose exec -T nginx cmp -s - /tmp/nginx.conf || return 0
   # In a new container: a new nginx.conf may need settings that the running one does not have.
   docker compose run --rm --no-deps -T nginx nginx -t -q </dev/null >"$WORK/nginx" 2>&1 ||
     { say "nginx.conf cannot be used, nothing was changed: $(sed -nE 's|/etc/nginx/nginx.conf|nginx.conf|
         s/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx" | grep . || tail -n 1 "$WORK/nginx")" >&2; exit 1; }
 }
 
-# reload_nginx: puts the nginx.conf of this folder into force without a failed request; check_nginx comes first
+# reload_nginx [ALGORITHM]: puts the nginx.conf of this folder into force, and another load-balancing algorithm, without
+# a failed request; check_nginx comes first
 reload_nginx() {
   nginx_runs || return 0
+  local before balance
+  before=$(balance) balance=${1:-$before}
   # By standard input, since a mounted file stays the old one after an editor has replaced it.
   # shellcheck disable=SC2016 # expanded in the container
-  docker compose exec -T nginx sh -ec '
+  nginx_conf "$balance" | docker compose exec -T nginx sh -ec '
     [ -e /tmp/nginx.conf ] || exit 0 # an earlier version started this container: Compose replaces it
     cat >/tmp/new.conf
     ! cmp -s /tmp/new.conf /tmp/nginx.conf || exit 0
@@ -178,9 +202,13 @@ reload_nginx() {
       grep -L "shutting down" $workers 2>/dev/null | grep . >/dev/null || break
       sleep 0.1
     done
-    echo reloaded' <nginx.conf >"$WORK/nginx" 2>&1 ||
+    echo reloaded' >"$WORK/nginx" 2>&1 ||
     { say "nginx.conf could not be put into force: $(tail -n 1 "$WORK/nginx")" >&2; exit 1; }
-  [ ! -s "$WORK/nginx" ] || say "nginx.conf has changed and is now in force"
+  if [ "$balance" != "$before" ]; then # the container keeps it when it is started again
+    # shellcheck disable=SC2016 # expanded in the container
+    docker compose exec -T --user root nginx sh -ec 'rm -f /balance/*; echo "$1" >"/balance/$HOSTNAME"' sh "$balance"
+    say "the load-balancing algorithm is now $balance"
+  elif [ -s "$WORK/nginx" ]; then say "nginx.conf has changed and is now in force"; fi
 }
 
 # need_stack: stops if no stack runs
