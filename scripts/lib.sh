@@ -157,7 +157,7 @@ nginx_conf() { sed "s/#$1 //" nginx.conf; }
 # balance: the load-balancing algorithm in force
 balance() {
   # shellcheck disable=SC2016 # expanded in the container
-  docker compose exec -T nginx sh -c 'cat "/balance/$HOSTNAME" 2>/dev/null || echo "${BALANCE:-round-robin}"'
+  docker compose exec -T nginx sh -c 'cat "/balance/$(hostname)" 2>/dev/null || echo "${BALANCE:-round-robin}"'
 }
 
 # check_balance: stops if nginx does not know the algorithm
@@ -182,15 +182,15 @@ check_nginx() {
         s/.*\[emerg\] ([0-9]+#[0-9]+: )?//p' "$WORK/nginx" | grep . || tail -n 1 "$WORK/nginx")" >&2; exit 1; }
 }
 
-# reload_nginx [ALGORITHM]: puts the nginx.conf of this folder into force, and another load-balancing algorithm, without
-# a failed request; check_nginx comes first
+# reload_nginx ALGORITHM: puts the nginx.conf of this folder into force, with this load-balancing algorithm, without a
+# failed request; check_nginx comes first
 reload_nginx() {
   nginx_runs || return 0
-  local before balance
-  before=$(balance) balance=${1:-$before}
+  local before
+  before=$(balance)
   # By standard input, since a mounted file stays the old one after an editor has replaced it.
   # shellcheck disable=SC2016 # expanded in the container
-  nginx_conf "$balance" | docker compose exec -T nginx sh -ec '
+  nginx_conf "$1" | docker compose exec -T nginx sh -ec '
     [ -e /tmp/nginx.conf ] || exit 0 # an earlier version started this container: Compose replaces it
     cat >/tmp/new.conf
     ! cmp -s /tmp/new.conf /tmp/nginx.conf || exit 0
@@ -204,10 +204,10 @@ reload_nginx() {
     done
     echo reloaded' >"$WORK/nginx" 2>&1 ||
     { say "nginx.conf could not be put into force: $(tail -n 1 "$WORK/nginx")" >&2; exit 1; }
-  if [ "$balance" != "$before" ]; then # the container keeps it when it is started again
+  if [ "$1" != "$before" ]; then # the container keeps it when it is started again
     # shellcheck disable=SC2016 # expanded in the container
-    docker compose exec -T --user root nginx sh -ec 'rm -f /balance/*; echo "$1" >"/balance/$HOSTNAME"' sh "$balance"
-    say "the load-balancing algorithm is now $balance"
+    docker compose exec -T --user root nginx sh -ec 'rm -f /balance/*; echo "$1" >"/balance/$(hostname)"' sh "$1"
+    say "the load-balancing algorithm is now $1"
   elif [ -s "$WORK/nginx" ]; then say "nginx.conf has changed and is now in force"; fi
 }
 
