@@ -58,7 +58,7 @@ offline-images: ##+ build replacements of the official images if no registry can
 	@image/base-images/build $(WHAT)
 
 ##@ See
-exercise: ## send visits and messages for 20 s and show live which instance answers (SECONDS_LONG=20)
+exercise: ## send visits and show live the share, response times and failures of each instance (RATE=, SECONDS_LONG=)
 	@scripts/exercise
 
 logs: ## follow the logs of all containers
