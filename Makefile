@@ -95,6 +95,9 @@ test-failover: ## kill, stop and hang parts under load; check that no request fa
 bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
 	@bench/run
 
+compare-lb: ##+ compare the load-balancing algorithms, with equal instances and with a slow one (QUICK=1: in a minute)
+	@bench/compare-lb
+
 bench-peers: ##+ measure other frameworks beside the service (QUICK=1: in a few minutes)
 	@bench/peers/run
 
