@@ -628,6 +628,9 @@ record Response(int status, String type, byte[] body, Map<HttpString, String> he
 /** An error as RFC 9457 defines it; {@code errors} are by field. */
 @SuppressWarnings("serial") // never serialized
 final class Problem extends RuntimeException {
+    private static final Map<Integer, String> TITLES = Map.of(400, "Bad Request", 404, "Not Found",
+            405, "Method Not Allowed", 413, "Content Too Large", 415, "Unsupported Media Type",
+            422, "Unprocessable Content", 500, "Internal Server Error", 503, "Service Unavailable"); // RFC 9110
     private final int status;
     private final Map<String, String> errors;
 
@@ -663,7 +666,7 @@ final class Problem extends RuntimeException {
     Response response() {
         Map<String, Object> members = new LinkedHashMap<>();
         members.put("type", "about:blank");
-        members.put("title", StatusCodes.getReason(status));
+        members.put("title", TITLES.get(status));
         members.put("status", status);
         members.put("detail", getMessage());
         if (!errors.isEmpty()) members.put("errors", errors);
