@@ -232,6 +232,7 @@ public final class Service implements AutoCloseable {
 final class Http implements AutoCloseable {
     private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
     private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
+    private static final HttpString TRACEPARENT = new HttpString("traceparent"); // W3C Trace Context
     /** Query parameters that exist. No other is kept: the request of a stream stays in memory for hours. */
     private static final Set<String> PARAMETERS = Set.of("after", "before", "limit");
     private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
@@ -468,17 +469,18 @@ final class Http implements AutoCloseable {
     private void onComplete(HttpServerExchange exchange) {
         Integer reserved = exchange.getAttachment(RESERVED_BYTES);
         if (reserved != null) budget.release(reserved);
+        int status = exchange.getStatusCode();
         String route = Objects.requireNonNullElse(exchange.getAttachment(ROUTE), "(none)");
         String method = abbreviate(exchange.getRequestMethod().toString());
-        String path = abbreviate(exchange.getRequestPath());
         long nanos = System.nanoTime() - exchange.getRequestStartTime();
-        metrics.request(route, method, exchange.getStatusCode(), nanos);
-        if (exchange.getStatusCode() >= 400)
-            Log.warn("request_rejected", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "reason", exchange.getAttachment(REJECTION_REASON));
-        else if (clientWantsTrace(exchange))
-            Log.info("request_completed", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "millis", nanos / 1_000_000.0);
+        metrics.request(route, method, status, nanos);
+        if (status < 400 && !clientWantsTrace(exchange)) return;
+        String trace = exchange.getRequestHeaders().getFirst(TRACEPARENT);
+        Object[] request = {"request", requestId(exchange), "traceparent", trace == null ? null : abbreviate(trace),
+            "method", method, "path", abbreviate(exchange.getRequestPath()), "status", status,
+            "millis", nanos / 1_000_000.0, "reason", exchange.getAttachment(REJECTION_REASON)};
+        if (status >= 400) Log.warn("request_rejected", request);
+        else Log.info("request_completed", request);
     }
 
     private static String abbreviate(String text) {
