@@ -108,7 +108,7 @@ check_nginx_errors() {
   for path in /metrics /metrics/ /%6detrics //metrics /./metrics '/metrics?a' /nothing/..%2fmetrics; do
     refused 404 "$URL$path" --path-as-is || bad=1
   done
-  for path in /api/messages/%00 '/..%2f..%2fetc/passwd' /%2e%2e/etc/passwd /% '/a%zz' '/a|b' '/?a=%zz'; do
+  for path in /api/messages/%00 '/..%2f..%2fetc/passwd' /%2e%2e/etc/passwd /% '/a%zz'; do
     refused 400 "$URL$path" --path-as-is || bad=1
   done
   refused 400 -X "$(printf 'A%.0s' {1..40})" "$URL/" || bad=1
