@@ -6,7 +6,7 @@ facts() {
   keep fact date "$(date -u +%Y-%m-%dT%H:%M:%SZ)"
   keep fact quick "${QUICK:-0}"
   keep fact processors "$(docker info --format '{{.NCPU}}')"
-  keep fact processor "$(box load-inner sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p)"
+  keep fact processor "$(box load-backend sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p)"
   keep fact memoryMB "$(calc "$(docker info --format '{{.MemTotal}}') / 1048576" 0)"
   keep fact system "$(docker info --format '{{.OperatingSystem}}, Linux {{.KernelVersion}}, Docker {{.ServerVersion}}')"
   keep fact java "$(box web1 sed -n 's/^JAVA_VERSION="\(.*\)"/\1/p' java/release)"
@@ -65,13 +65,13 @@ failures_table() {
 write_results() {
   local picture kind
   mkdir -p "$OUT"; rm -f "$OUT"/*.svg
-  box_in load-inner jq -Rn -f /bench/results.jq <"$DATA" >"$OUT/bench.json"
-  box_in load-inner sh -c 'cat >/tmp/results.tsv' <"$DATA"
+  box_in load-backend jq -Rn -f /bench/results.jq <"$DATA" >"$OUT/bench.json"
+  box_in load-backend sh -c 'cat >/tmp/results.tsv' <"$DATA"
   for picture in throughput latency instances pages; do
     kind=$picture; [ $kind != throughput ] || kind=row
     grep -q "^$kind" "$DATA" || continue
-    quiet box load-inner gnuplot -e "picture='$picture'; data='/tmp/results.tsv'; set output '/tmp/picture.svg'" \
-      /bench/draw.gp && box load-inner cat /tmp/picture.svg >"$OUT/$picture.svg"
+    quiet box load-backend gnuplot -e "picture='$picture'; data='/tmp/results.tsv'; set output '/tmp/picture.svg'" \
+      /bench/draw.gp && box load-backend cat /tmp/picture.svg >"$OUT/$picture.svg"
   done
   say ""
   say "Written to $OUT: $(cd "$OUT" && echo ./*), after $((SECONDS - BEGAN)) s"

@@ -53,7 +53,7 @@ page_time() {
 # instances N: nginx knows the first N of six; the others go on as they are, warm and idle.
 instances() {
   local unknown=none seen
-  case $1 in 1) unknown='web[23]|web-more' ;; 3) unknown=web-more ;; esac
+  case $1 in 1) unknown='web[23]|web-extra' ;; 3) unknown=web-extra ;; esac
   sed -E "/server ($unknown):/d" nginx.conf >"$NGINX_CONF"   # into the same file, which the container has mounted
   quiet box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
   for _ in $(seq 60); do               # until all of them answer, and nobody else
@@ -67,9 +67,9 @@ instances() {
 # Instances that have so small a share of a processor that they, and not the machine, are the limit: with two
 # processors for six of them, nginx and the load, no number of instances would show. 64 connections for each.
 by_instances() {
-  local unmetered=1 round n kind name ours theirs all=(web1-1 web2-1 web3-1 web-more-1 web-more-2 web-more-3)
+  local unmetered=1 round n kind name ours theirs all=(web1-1 web2-1 web3-1 web-extra-1 web-extra-2 web-extra-3)
   progress "12  six instances"
-  COMPOSE_FILE=$COMPOSE_FILE:bench/small.yml compose_up --scale web-more=3 web1 web2 web3 web-more
+  COMPOSE_FILE=$COMPOSE_FILE:bench/small.yml compose_up --scale web-extra=3 web1 web2 web3 web-extra
   instances 6
   quick || warm_up "front:visit front:post" "${all[@]}"
   share_of_each "$SHARE"
@@ -92,7 +92,7 @@ by_instances() {
 # share_of_each SHARE: of a processor, for each instance that runs
 share_of_each() {
   local ids
-  mapfile -t ids < <(docker compose ps -q web1 web2 web3 web-more)
+  mapfile -t ids < <(docker compose ps -q web1 web2 web3 web-extra)
   quiet docker update --cpu-quota "$(calc "$1 * 10000" 0)" "${ids[@]}"
 }
 

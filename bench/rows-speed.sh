@@ -154,7 +154,7 @@ overload() {
   local stored refused other broken peak state unmetered=1 seconds=$((LONG < 2 ? 2 : LONG))
   fill 1000
   # shellcheck disable=SC2016 # expanded in the container
-  box load-inner bash -c 'ulimit -n "$(ulimit -Hn)"; exec wrk "$@"' -- -t 2 -c 4000 -d "${seconds}s" --timeout 5s \
+  box load-backend bash -c 'ulimit -n "$(ulimit -Hn)"; exec wrk "$@"' -- -t 2 -c 4000 -d "${seconds}s" --timeout 5s \
     -s /bench/load.lua http://web1:9999/api/messages -- overload "$TEXT" >"$WORK/wrk"
   read -r _ stored refused other broken < <(grep '^wrk' "$WORK/wrk")
   keep fact overloadStored "$stored"; keep fact overloadRefused "$refused"

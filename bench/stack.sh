@@ -20,7 +20,7 @@ start_stack() {
   progress "building"
   stack=1
   quiet docker compose build web1          # first: the next ones are built on it
-  quiet docker compose build load-inner blocking
+  quiet docker compose build load-backend blocking
   quiet remove_stack                       # of a bench that was killed
   local n began
   for n in $(seq "$UPS"); do
@@ -30,7 +30,7 @@ start_stack() {
     quiet docker compose up --detach --wait nginx
     calc "$(now) - $began" 2 >>"$WORK/ups"; echo >>"$WORK/ups"
   done
-  quiet docker compose up --detach --no-deps load-inner load-outer pgbench redis-benchmark
+  quiet docker compose up --detach --no-deps load-backend load-frontend pgbench redis-benchmark
   URL=http://$(docker compose port nginx 9999 | sed 's/0.0.0.0/localhost/')
   find_meters
 }
@@ -78,9 +78,9 @@ keep_processor_time() {
 #   WAY   direct: to web1, past nginx; front: through nginx; else the name of an instance
 #   KIND  visit, post, newest, healthz, or a path
 load() {
-  local way=$1 kind=$2 connections=${3:-64} seconds=${4:-$LONG} threads=2 from=load-inner host=$1 path method=get
+  local way=$1 kind=$2 connections=${3:-64} seconds=${4:-$LONG} threads=2 from=load-backend host=$1 path method=get
   local before after good micros p50 p99 failed how
-  case $way in direct) host=web1 ;; front) from=load-outer host=nginx ;; esac
+  case $way in direct) host=web1 ;; front) from=load-frontend host=nginx ;; esac
   [ "$connections" -gt 1 ] || threads=1
   case $kind in
     visit) path=/ ;; healthz) path=/healthz ;;
@@ -110,7 +110,7 @@ keep_failure() {
   keep failed "$@"
   sleep 1.5
   { say "     $(date -u +%H:%M:%S) $1 $2"
-    docker compose logs --since 15s nginx web1 web2 web3 web-more 2>&1 |
+    docker compose logs --since 15s nginx web1 web2 web3 web-extra 2>&1 |
       grep -vE '"status":(20[01]|499)' | tail -n 10; } >>"$WORK/failures"
 }
 

@@ -49,7 +49,7 @@ instances() {
   local service='{{index .Config.Labels "com.docker.compose.service"}}'
   local address='{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'
   local ids
-  ids=$(docker compose ps -q web1 web2 web3 web-more)
+  ids=$(docker compose ps -q web1 web2 web3 web-extra)
   [ -z "$ids" ] || xargs docker inspect --format "$service $address" <<<"$ids" # (macOS' xargs may have no -r)
 }
 
@@ -125,7 +125,6 @@ reload_nginx() {
   # (The mounted file stays the old one when an editor writes it anew, until the container is started again.)
   # shellcheck disable=SC2016 # for the shell there
   docker compose exec -T nginx sh -ec '
-    [ -e /tmp/nginx.conf ] || exit 0         # an earlier version of this project started it: Compose makes it anew
     cat >/tmp/new.conf
     ! cmp -s /tmp/new.conf /tmp/nginx.conf || exit 0
     nginx -t -q -c /tmp/new.conf

@@ -710,8 +710,8 @@ public final class LoadClients {
     // ------------------------------------------------------------------------- What an instance is told of us
 
     /**
-     * This container answers as one more instance for a moment (tests/stack/failover gives it the name web-more on the
-     * inner network), and tells what nginx passes on of a client that claims to be someone else.
+     * This container answers as one more instance for a moment (tests/stack/failover gives it the name web-extra on the
+     * backend network), and tells what nginx passes on of a client that claims to be someone else.
      */
     private String forwarded() throws Exception {
         String path = "/" + run;

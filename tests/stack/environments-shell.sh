@@ -8,7 +8,7 @@ host_one_image() {
   docker image rm --force "$COMPOSE_PROJECT_NAME-web" >"$WORK/rm"
   check "services that build" 1 "$(docker compose config | grep -c '^    build:')"
   does "\`docker compose up\` without the image" docker compose up --detach --no-deps web1 web2
-  does "…and of one that builds nothing" docker compose up --detach --no-deps --scale web-more=1 web-more
+  does "…and of one that builds nothing" docker compose up --detach --no-deps --scale web-extra=1 web-extra
   check "images that the three run" 1 \
     "$(docker compose ps -q | xargs docker inspect --format '{{.Image}}' | sort -u | grep -c .)"
 }

@@ -150,7 +150,7 @@ SQL
     else
       line=$(scripts/why) || true
       check "one killed after $after s: what to do" \
-        "nothing is stored in the volume: \`make clean\`, then \`make up\`" "${line##*project; }"
+        "nothing is stored in the volume: \`make clean\`, then \`make up\`" "${line##*interrupted; }"
     fi
     stores_end
   done

@@ -178,9 +178,9 @@ refused() {
 
 # For a moment the clients' container is an instance itself, and sees what nginx tells one.
 check_forwarded() {
-  docker network connect --alias web-more "$inner" "$LOAD" || return 1
+  docker network connect --alias web-extra "$backend" "$LOAD" || return 1
   ask forwarded
-  docker network disconnect "$inner" "$LOAD"
+  docker network disconnect "$backend" "$LOAD"
   local told own; told=$(value told | tr '|' '\n'); own=$(value own)
   grep -qx "x-forwarded-for:$own" <<<"$told" && grep -qx "x-real-ip:$own" <<<"$told" &&
     grep -qx "x-forwarded-proto:http" <<<"$told" && ! grep -q '^forwarded:\|203.0.113.7' <<<"$told" ||

@@ -3,7 +3,7 @@
 
 replace() { docker compose up --detach --no-deps --no-build --force-recreate --wait "$1"; }
 scale() {
-  docker compose up --detach --no-deps --no-build --no-recreate --wait --scale web-more=$(($1 - 3)) web-more
+  docker compose up --detach --no-deps --no-build --no-recreate --wait --scale web-extra=$(($1 - 3)) web-extra
 }
 start()   { docker compose start "$@"; }
 kill_9()  { docker compose kill --signal KILL "$@"; }
@@ -33,7 +33,7 @@ do_scale() {
 
 do_kill_web()         { kill_9 web2 && sleep 2 && start web2; }
 do_kill_two_webs()    { kill_9 web1 web3 && sleep 2 && start web1 web3; }
-do_kill_five_of_six() { scale 6 && sleep 1 && kill_9 web1 web2 web-more && sleep 2 && start web1 web2 && scale 3; }
+do_kill_five_of_six() { scale 6 && sleep 1 && kill_9 web1 web2 web-extra && sleep 2 && start web1 web2 && scale 3; }
 
 # On a machine too slow for that many it is kill-web once more, and says so.
 do_flood() {
@@ -51,7 +51,7 @@ do_pause_web()        { docker compose pause web2 && sleep 6 && docker compose u
 do_vanish_web() {
   local id left
   id=$(docker compose ps -q web2)
-  docker network disconnect "$inner" "$id" && sleep 20 || return 1
+  docker network disconnect "$backend" "$id" && sleep 20 || return 1
   left=$(service_connections web2)
   # A new one takes its place: one that only gets its network back refuses for a tenth of a second, until it has seen
   # PostgreSQL.
@@ -95,10 +95,10 @@ do_pause_postgres() {
 # no mending is what the drain is for.
 do_drain() {
   local complaints
-  docker network connect "$inner" "$LOAD" || return 1
+  docker network connect "$backend" "$LOAD" || return 1
   ask direct web2; sleep 3
   docker compose stop web2; ask direct-stop
-  docker network disconnect "$inner" "$LOAD"
+  docker network disconnect "$backend" "$LOAD"
   complaints=$(last_words web2 | grep '"level":"warn"' | grep -v '"path":"/readyz"' || true)
   start web2
   more="; at web2 itself: $(value asked-to-go) of 10 connections asked to go, $(value cut) cut"

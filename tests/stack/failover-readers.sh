@@ -10,7 +10,7 @@ run_java() {
 
 # all_that_breaks: one after the other, with a little time between
 all_that_breaks() {
-  do_rolling && kill_9 web2 && sleep 1 && start web2 && scale 6 && sleep 2 && kill_9 web-more && scale 3 &&
+  do_rolling && kill_9 web2 && sleep 1 && start web2 && scale 6 && sleep 2 && kill_9 web-extra && scale 3 &&
     docker compose restart redis && kill_9 redis && sleep 2 && start redis && kill_9 web1 web3 && start web1 web3 &&
     docker compose restart postgres && postgres_is_back && kill_9 postgres && start postgres && postgres_is_back
 }
@@ -19,7 +19,7 @@ all_that_breaks() {
 watched() {
   local answer viewing broke=0
   mkfifo "$WORK/stop-viewers"
-  run_java viewers "$outer" -Xmx512m /clients/SseClients.java nginx 9999 "$1" 12 \
+  run_java viewers "$frontend" -Xmx512m /clients/SseClients.java nginx 9999 "$1" 12 \
     <"$WORK/stop-viewers" >"$WORK/viewers" 2>&1 &
   viewing=$!
   exec 6>"$WORK/stop-viewers"
@@ -52,8 +52,8 @@ do_slow_readers() {
   local name address before most=0 pid pids=() told
   before=$(lives)
   viewing_and_held >"$WORK/before-held"
-  for name in web1 web2 web3; do readers $name "$inner" $name 1000 300; pids+=($!); done
-  for address in 1 2 3 4; do readers nginx-$address "$outer" nginx 300 150; pids+=($!); done
+  for name in web1 web2 web3; do readers $name "$backend" $name 1000 300; pids+=($!); done
+  for address in 1 2 3 4; do readers nginx-$address "$frontend" nginx 300 150; pids+=($!); done
   ask others $((3 * 150 + 4 * 75))   # each second page is a visit
   for _ in $(seq 20); do
     sleep 1
