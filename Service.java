@@ -2,9 +2,9 @@
 //JAVA 21+
 // The HTTP server.
 //DEPS io.undertow:undertow-core:2.4.4.Final
-// Jedis logs through SLF4J: this hands it to java.util.logging, which Log below turns into our own lines.
+// Jedis logs through SLF4J; this passes it on to java.util.logging, and Log below makes JSON lines of it.
 //DEPS org.slf4j:slf4j-jdk14:2.0.20
-// Redis: the visit counters, and what wakes other instances.
+// Redis: the visit counters and the heartbeats of the instances.
 //DEPS redis.clients:jedis:8.0.2
 // Strict JSON in and out; Jedis brings it along anyway.
 //DEPS com.google.code.gson:gson:2.15.0
@@ -26,6 +26,13 @@
 //DEPS com.github.codemonstur:embedded-redis:1.4.4
 //FILES init.sql openapi.json page/page.html page/page.css page/page.js
 //RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -XX:+ExitOnOutOfMemoryError -Djdk.console=java.base
+
+import com.google.gson.*;
+import com.google.gson.reflect.TypeToken;
+import com.samskivert.mustache.*;
+import io.prometheus.metrics.core.metrics.*;
+import io.prometheus.metrics.expositionformats.PrometheusTextFormatWriter;
+import io.prometheus.metrics.instrumentation.jvm.*;
 
 import com.google.gson.*;
 import com.google.gson.reflect.TypeToken;
@@ -75,63 +82,62 @@ import java.util.stream.*;
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
 
+// ------------------------------------------------------------------------------------------------------- 1 Entry
+
 /**
- * Threefold: a message board with a visit counter, built so that any number of identical instances behind a load
- * balancer behave as one. PostgreSQL holds the messages, Redis the counters; an instance holds nothing.
+ * Threefold: a message board with a visit counter that runs as identical, stateless instances behind a load balancer.
+ * Run it: {@code jbang Service.java} (with a PostgreSQL and a Redis of its own), or {@code make up} for all of it.
  *
  * <pre>
- *   request -> nginx -> I/O thread: parse, check --question--> Batcher --one statement--> PostgreSQL or Redis
- *                       I/O thread: answer     <--one wake-up--   |  <---one answer----
- *   stored  -> Redis wakes all instances -> Events: what is new is read once, in its order --> every viewer
+ *   1 Entry    Service: the parts of an instance, their start and their stop; Embedded (at the end): stores of its own
+ *   2 HTTP     Http: every request's way in, the one way out for responses and errors, draining
+ *   3 API      Api: one method an endpoint; Request, Response, Problem; Events: the event stream; HtmlPage
+ *   4 Domain   Messages (PostgreSQL), Counters and Membership (Redis), and the values that they take and give
+ *   5 Batcher  makes one statement of all requests that wait
+ *   6 Stores   Store: health, and sessions that reconnect; Postgres and Redis are the two kinds
+ *   7 Base     Config, Json, Metrics, BufferBudget, Log
  * </pre>
+ * A section names only itself and sections with a higher number.
  *
- * Run it: {@code jbang Service.java} (brings its own PostgreSQL and Redis), or {@code make up} for all of it.
- * What it does not do: TLS towards clients (put it at the proxy), accounts, editing or deleting messages.
+ * <p>Threads: I/O threads parse requests, run quick batches and write responses; they never block. Each batcher has a
+ * thread for batches that may block, each store a watcher, each subscriber of events a virtual thread.
  */
 public final class Service implements AutoCloseable {
-    /** Told by /api/instances, where two versions can be seen side by side; the same as in openapi.json. */
+    /** Shown by /api/instances, so that two versions can be seen side by side; the same as in openapi.json. */
     static final String VERSION = "2.0.0";
 
     private final String since = Instant.now().truncatedTo(ChronoUnit.MILLIS).toString();
     private final Config config;
     private final Metrics metrics = new Metrics();
-    private final Dependency postgres = new Dependency("postgres", Database::isOutage),
-            redis = new Dependency("redis", RedisConnection::isOutage);
-    private final Held held = new Held();
-    private final Instances instances = new Instances();
+    private final BufferBudget budget = new BufferBudget();
+    private final Postgres postgres;
+    private final Redis redis;
     private final Messages messages;
     private final Counters counters;
+    private final Membership membership;
     private final Events events;
-    private final Batcher<Void, Long> visits;
-    private final Batcher<Void, Counts> counts;
-    private final Batcher<Write, Saved> writes;
-    private final Batcher<PageQuery, MessagePage> reads;
-    private final Batcher<Following, Stretch> following;
-    private final Batcher<Void, byte[]> scrapes;
+    private final Api api;
     private final Http http;
-    /** What it answers; see {@link Api#routes}. */
-    final List<Route> routes;
 
     public static void main(String[] args) throws Exception {
-        // Containers change their address when they are recreated, and are away for a moment: the JVM's own
-        // caches (30 s for a found name, 10 s for a missing one) would outlast our promise to be back in 2 s.
+        // A recreated container has another address; the JVM would keep the old one for 30 s.
         Security.setProperty("networkaddress.cache.ttl", "1");
         Security.setProperty("networkaddress.cache.negative.ttl", "0");
-        // The driver names it to PostgreSQL, which refuses the connection if it does not know that name.
+        // The driver sends its name to PostgreSQL, which rejects a connection with a zone it does not know.
         TimeZone.setDefault(TimeZone.getTimeZone("UTC"));
         try {
-            Config config = Config.from(System.getenv());
+            Map<String, String> environment = System.getenv();
+            Config config = Config.from(environment);
             Log.start(config.instance());
             Deque<AutoCloseable> running = new ConcurrentLinkedDeque<>();
             Runtime.getRuntime().addShutdownHook(new Thread(() -> {
-                // The last one first; what begins meanwhile too.
                 for (AutoCloseable last; (last = running.poll()) != null; ) closeQuietly(last);
                 Log.flush();
             }, "shutdown"));
             if (config.needsEmbedded()) {
                 Embedded embedded = new Embedded(config);
                 running.push(embedded);
-                config = embedded.start();
+                config = Config.from(embedded.start(environment));
             }
             Service service = new Service(config);
             running.push(service);
@@ -142,114 +148,2408 @@ public final class Service implements AutoCloseable {
         }
     }
 
-    /** The parts of an instance, and who knows whom. It does nothing before {@link #start()}. */
+    /** Builds the parts; none of them works before {@link #start()}. */
     Service(Config config) {
         this.config = config;
-        messages = new Messages(config, postgres);
-        counters = new Counters(config, redis);
-        following = batcher("events", messages::following);
-        events = new Events(counters, following, instances, held, metrics);
-        visits = batcher("visits", batch -> events.counted(counters.count(batch.size())));
-        counts = batcher("counts", batch -> Collections.nCopies(batch.size(), counters.read()));
-        writes = batcher("writes", batch -> events.stored(messages.save(batch)));
-        reads = batcher("reads", messages::pages);
-        scrapes = batcher("scrapes", batch -> {
-            Batcher.mayWait(); // JMX may take long
-            return Collections.nCopies(batch.size(), metrics.text());
-        });
-        http = new Http(config, held, metrics);
-        routes = new Api(config, http, visits, counts, writes, reads, events, instances, postgres, redis, scrapes,
-                new HtmlPage()).routes();
-        metrics.gauge("event_viewers", "Open event streams", events::viewers);
-        metrics.gauge("http_requests_in_flight", "Requests begun and not yet answered", http::inFlight);
-        metrics.gauge("held_bytes", "Bytes in memory that wait for clients", held::bytes);
-        metrics.dependencies(postgres, redis);
-    }
-
-    /** 1,024 waiting; more hear 503 and come again. */
-    private <Q, A> Batcher<Q, A> batcher(String name, Batcher.Work<Q, A> work) {
-        return new Batcher<>(name, 1_024, metrics.batchesOf(name), work);
+        postgres = new Postgres(config);
+        redis = new Redis(config);
+        messages = new Messages(postgres, config.instance());
+        counters = new Counters(redis, config.instance());
+        membership = new Membership(redis);
+        events = new Events(messages, budget, metrics);
+        http = new Http(config, budget, metrics);
+        api = new Api(config.instance(), messages, counters, membership, events, metrics, this::readiness);
+        metrics.gauge("threefold_sse_subscribers", "Open event streams", events::subscribers);
+        metrics.gauge("threefold_buffered_bytes", "Bytes in memory that wait for slow clients", budget::reserved);
+        metrics.gauge("http_requests_in_flight", "Requests without a complete response", http::inFlight);
+        metrics.storeUp(Map.of("postgres", postgres::isUp, "redis", redis::isUp));
     }
 
     /**
-     * Opens the port at once, whether PostgreSQL and Redis are there or not: requests that need them wait for the
-     * first connection, or hear that they are away.
+     * Opens the port at once, also while a store is unavailable: requests then wait for the first connection,
+     * or get 503.
      *
-     * @throws Config.Invalid if the port can't be had
+     * @throws Config.Invalid if the address or the port cannot be used
      */
     Service start() throws Config.Invalid, IOException {
-        http.listen(routes);
-        instances.hear(presence().json()); // itself, also where Redis is away
-        postgres.watch(messages::ping);
-        redis.watch(() -> counters.beat(presence(), instances.known()));
-        events.start();
+        http.listen(api.routes());
+        membership.onHeartbeat(status().json()); // so that the instance knows itself while Redis is unavailable
+        membership.start();
+        postgres.watch(100, () -> events.onHighWaterMark(messages.probe()), () -> {});
+        redis.watch(250, () -> membership.heartbeat(status()), this::afterHeartbeat);
         Log.info("listening", "address", "http://localhost:" + port());
         return this;
     }
 
     int port() { return http.port(); }
+    List<Route> routes() { return api.routes(); }
 
-    /** What this instance says of itself to the others. */
-    private Presence presence() {
-        // (That Redis is unavailable it could tell nobody: this word goes through Redis.)
-        String state = http.isDraining() ? Presence.DRAINING : postgres.isUp() ? Presence.READY : Presence.DEGRADED;
-        return new Presence(config.instance(), state, since, VERSION, http.requestsPerSecond());
+    private void afterHeartbeat() throws InterruptedException {
+        events.onInstances(membership.all());
+        if (!redis.isUp()) return;
+        counters.compact(membership.recentNames());
+        if (events.subscribers() > 0) events.onCounts(counters.poll());
+    }
+
+    /** The status that this instance publishes in its heartbeats. */
+    private InstanceStatus status() {
+        String state = http.isDraining() ? InstanceStatus.DRAINING : postgres.isUp() ? InstanceStatus.READY
+                : InstanceStatus.DEGRADED;
+        return new InstanceStatus(config.instance(), state, since, VERSION, http.requestsPerSecond());
+    }
+
+    /** What /readyz reports. A store that all instances share takes none of them out: no other could do better. */
+    private Readiness readiness() {
+        boolean ready = postgres.hasBeenUp() && !http.isDraining();
+        String status = http.isDraining() ? "draining" : !ready ? "starting"
+                : postgres.isUp() && redis.isUp() ? "ready" : "degraded";
+        return new Readiness(ready, status, Map.of("postgres", postgres.state(), "redis", redis.state()));
     }
 
     /**
-     * Leaves without a failed request. nginx keeps idle connections for 2 s: for longer than that every answer says
-     * `Connection: close`; then the port closes and nginx, refused, turns to the others; what is in flight ends; and
-     * the dependencies are closed last, in the reverse order of their opening.
+     * Graceful shutdown: for longer than nginx keeps idle connections (2 s) every response says `Connection: close`;
+     * then the port closes and nginx retries elsewhere; requests in flight end; the stores are closed last.
      */
     @Override public void close() {
         if (http.isListening()) {
-            Log.info("draining", "inFlight", http.inFlight(), "viewers", events.viewers());
+            Log.info("draining", "inFlight", http.inFlight(), "subscribers", events.subscribers());
             http.drain(config.drainMillis());
             events.endStreams();
-            http.awaitAnswers(5_000);
-            // While the address still exists, being refused is quick; a packet to a vanished one is a second's wait.
+            http.awaitResponses(5_000);
+            // While the address exists, a connection is refused at once; without it, each try lasts a second.
             Http.pause(config.drainMillis() / 5);
         }
-        Stream.<AutoCloseable>of(events, postgres, redis, this::sayGoodbye, visits, counts, writes, reads, following,
-                scrapes, http, counters, messages).forEach(Service::closeQuietly);
+        Stream.<AutoCloseable>of(postgres::stopWatching, redis::stopWatching, this::deregister, api, events, http,
+                membership, redis, postgres).forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
 
-    private void sayGoodbye() throws InterruptedException { if (redis.isUp()) counters.goodbye(presence()); }
+    private void deregister() throws InterruptedException { if (redis.isUp()) membership.deregister(status()); }
 
     static void closeQuietly(AutoCloseable part) {
         try {
             part.close();
         } catch (Exception e) { Log.warn("stop_failed", "reason", Log.reason(e)); }
     }
+}
 
-    /** The text of a file that //FILES brought along; with LF, as a browser reads it, however git wrote the file. */
-    static String resource(String name) {
-        try (InputStream in = Service.class.getResourceAsStream(name)) {
-            return new String(in.readAllBytes(), UTF_8).replaceAll("\r\n?", "\n");
-        } catch (IOException e) { throw new UncheckedIOException(e); }
+// -------------------------------------------------------------------------------------------------------- 2 HTTP
+
+/** Undertow: every request's way to its route, the one way out for responses and errors, limits, draining. */
+final class Http implements AutoCloseable {
+    private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
+    private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
+    /** Query parameters that exist. No other is kept: the request of a stream stays in memory for hours. */
+    private static final Set<String> PARAMETERS = Set.of("after", "before", "limit");
+    private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
+    private static final AttachmentKey<String> REJECTION_REASON = AttachmentKey.create(String.class);
+    private static final AttachmentKey<Integer> RESERVED_BYTES = AttachmentKey.create(Integer.class);
+    /** From this size on, a response needs room in the {@link BufferBudget}. */
+    private static final int LARGE = 16 * 1024;
+    /** A body is in memory as bytes and as text, whose characters take two bytes each. */
+    private static final int BODY_COPIES = 3;
+
+    private final Config config;
+    private final BufferBudget budget;
+    private final Metrics metrics;
+    private final AtomicInteger inFlight = new AtomicInteger();
+    private final LongAdder completed = new LongAdder();
+    private final Rate rate = new Rate();
+    private volatile boolean draining;
+    private XnioWorker worker;
+    private Undertow server;
+
+    Http(Config config, BufferBudget budget, Metrics metrics) {
+        this.config = config;
+        this.budget = budget;
+        this.metrics = metrics;
+    }
+
+    int inFlight() { return inFlight.get(); }
+
+    /** Responses of the last second or so; for one caller, who calls more than once a second. */
+    long requestsPerSecond() { return rate.of(completed.sum()); }
+    boolean isDraining() { return draining; }
+    boolean isListening() { return server != null; }
+    int port() { return ((InetSocketAddress) server.getListenerInfo().getFirst().getAddress()).getPort(); }
+
+    /** @throws Config.Invalid if the address or the port cannot be used */
+    void listen(List<Route> routes) throws Config.Invalid, IOException {
+        worker = Xnio.getInstance().createWorker(OptionMap.builder().set(Options.WORKER_NAME, "http")
+                // Each I/O thread costs a wake-up a batch, and none waits for longer than a batch.
+                .set(Options.WORKER_IO_THREADS, Math.max(1, Runtime.getRuntime().availableProcessors() / 2))
+                .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
+        HttpHandler router = router(routes);
+        Undertow built = Undertow.builder()
+                // Java takes 0.0.0.0 for all addresses of both kinds, and :: fails where IPv6 is switched off.
+                .addHttpListener(config.port(), config.host().equals("::") ? "0.0.0.0" : config.host())
+                .setWorker(worker)
+                // No cache for each thread: a virtual thread would take its buffers along when it ends.
+                .setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 0))
+                .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router)))
+                // The kernel's buffer for a stalled client is the container's memory too, and grows to 4 MB by itself.
+                .setSocketOption(Options.SEND_BUFFER, 32 * 1024)
+                .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
+                .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * Request.MAX_BODY_BYTES)
+                .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
+                .setServerOption(UndertowOptions.MAX_HEADERS, 1_100)               // nginx lets 1,000 through
+                .setServerOption(UndertowOptions.MAX_PARAMETERS, 4 * 1024)         // as many as nginx lets through
+                .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
+                .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
+                .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
+                .setServerOption(UndertowOptions.ALWAYS_SET_KEEP_ALIVE, false)
+                .setServerOption(UndertowOptions.ENABLE_HTTP2, false)
+                .build();
+        try {
+            built.start();
+            server = built;
+        } catch (RuntimeException e) {
+            throw new Config.Invalid("HOST=\"" + config.host() + "\" and PORT=\"" + config.port()
+                    + "\" cannot be used: it needs an address of this machine and a port that is free and allowed ("
+                    + Log.reason(e) + ")");
+        }
+    }
+
+    /** 404 for an unknown path, 405 with `Allow` for an unknown method. */
+    private HttpHandler router(List<Route> routes) {
+        HttpHandler notFound = exchange -> send(exchange, Problem.notFound("there is nothing here").response());
+        PathTemplateHandler paths = new PathTemplateHandler(notFound, false);
+        Map<String, Map<String, HttpHandler>> byPath = new LinkedHashMap<>();
+        for (Route route : routes) {
+            Map<String, HttpHandler> methods = byPath.computeIfAbsent(route.path(), path -> new LinkedHashMap<>());
+            boolean hasBody = route.method().equals("POST");
+            methods.put(route.method(), hasBody ? exchange -> readBody(exchange, route.handler())
+                    : exchange -> call(route.handler(), new Request(exchange, null)));
+            if (!hasBody) methods.put("HEAD", methods.get("GET"));
+        }
+        byPath.forEach((path, methods) -> {
+            HttpHandler other = otherMethod(String.join(", ", methods.keySet()) + ", OPTIONS");
+            paths.add(path, exchange -> {
+                exchange.putAttachment(ROUTE, path);
+                methods.getOrDefault(exchange.getRequestMethod().toString(), other).handleRequest(exchange);
+            });
+        });
+        return exchange -> (hasPlainPath(exchange) ? paths : notFound).handleRequest(exchange);
+    }
+
+    private HttpHandler otherMethod(String allow) {
+        Response options = new Response(204, null, new byte[0]).with(Headers.ALLOW, allow);
+        Response rejected = Problem.methodNotAllowed(allow).response().with(Headers.ALLOW, allow);
+        return exchange -> send(exchange, exchange.getRequestMethod().equals(Methods.OPTIONS) ? options : rejected);
+    }
+
+    /**
+     * Whether the path is spelled as it is read here, without escapes and without parameters after a `;`. Each path has
+     * one spelling, so that no proxy takes it for another path with other limits.
+     */
+    private static boolean hasPlainPath(HttpServerExchange exchange) {
+        String sent = exchange.getRequestURI();
+        return exchange.isHostIncludedInRequestURI() ? sent.indexOf('%') < 0 && sent.indexOf(';') < 0
+                : sent.equals(exchange.getRequestPath());
+    }
+
+    /** The way in: request id, common headers, the count of those in flight; then the route. */
+    private void begin(HttpServerExchange exchange, HttpHandler router) throws Exception {
+        String id = exchange.getRequestHeaders().getFirst(Request.X_REQUEST_ID);
+        if (id == null || !Request.VALID_ID.matcher(id).matches())
+            id = Long.toHexString(ThreadLocalRandom.current().nextLong() | Long.MIN_VALUE);
+        dropUnknownParameters(exchange);
+        exchange.getResponseHeaders().put(X_INSTANCE_ID, config.instance());
+        exchange.getResponseHeaders().put(Request.X_REQUEST_ID, id);
+        exchange.getResponseHeaders().put(X_CONTENT_TYPE_OPTIONS, "nosniff");
+        if (draining) exchange.setPersistent(false);
+        inFlight.incrementAndGet();
+        exchange.addExchangeCompleteListener((ended, next) -> {
+            inFlight.decrementAndGet();
+            completed.increment();
+            onComplete(ended);
+            next.proceed();
+        });
+        router.handleRequest(exchange);
+    }
+
+    /** Thousands of parameters take fifty times as much memory as in the URL. Of one name the last counts. */
+    private static void dropUnknownParameters(HttpServerExchange exchange) {
+        if (exchange.getQueryString().isEmpty()) return;
+        exchange.getQueryParameters().keySet().retainAll(PARAMETERS);
+        exchange.getQueryParameters().replaceAll((name, values) -> new ArrayDeque<>(List.of(values.getLast())));
+    }
+
+    /**
+     * The whole body, of at most {@link Request#MAX_BODY_BYTES}; a longer `Content-Length` is rejected unread. It is
+     * read before the handler runs, as Undertow cannot do so after a dispatch.
+     */
+    private void readBody(HttpServerExchange exchange, RequestHandler handler) {
+        long length = exchange.getRequestContentLength();
+        boolean tooLarge = length > Request.MAX_BODY_BYTES;
+        if (tooLarge || !reserve(exchange, BODY_COPIES * (length < 0 ? Request.MAX_BODY_BYTES : (int) length))) {
+            exchange.setPersistent(false); // the rest of the body would be taken for the next request
+            send(exchange, (tooLarge ? Problem.tooLarge() : Problem.overloaded()).response());
+            return;
+        }
+        exchange.getRequestReceiver().setMaxBufferSize(Request.MAX_BODY_BYTES);
+        Receiver.FullBytesCallback received = (ex, bytes) -> call(handler, new Request(ex, bytes));
+        exchange.getRequestReceiver().receiveFullBytes(received, (ex, e) -> {
+            ex.setPersistent(false);
+            send(ex, (e instanceof Receiver.RequestToLargeException ? Problem.tooLarge()
+                    : Problem.badRequest("the body could not be read")).response());
+        });
+    }
+
+    /** Sends the response when it is there: at once, or later on the exchange's own I/O thread. */
+    private void call(RequestHandler handler, Request request) {
+        HttpServerExchange exchange = request.exchange();
+        CompletableFuture<Response> response;
+        try {
+            response = handler.handle(request);
+        } catch (Throwable e) { response = CompletableFuture.failedFuture(e); }
+        if (response.isDone()) {
+            response.whenComplete((done, failure) -> finish(exchange, done, failure));
+            return;
+        }
+        CompletableFuture<Response> later = response;
+        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> later.whenComplete((done, failure) ->
+                Connectors.executeRootHandler(ex -> finish(ex, done, failure), exchange)));
+    }
+
+    /** The way out. A failure that has no answer is a defect, and logged. */
+    private void finish(HttpServerExchange exchange, Response response, Throwable failure) {
+        Problem problem = failure == null ? null : Problem.of(failure);
+        if (failure != null && problem == null) {
+            Throwable cause = Problem.unwrap(failure);
+            Log.warn("internal_error", "request", requestId(exchange), "reason", Log.reason(cause),
+                    "at", Stream.of(cause.getStackTrace()).findFirst().orElse(null));
+            problem = Problem.internalError();
+        }
+        send(exchange, problem == null ? response : problem.response());
+    }
+
+    private void send(HttpServerExchange exchange, Response response) {
+        if (exchange.isResponseStarted()) return;
+        byte[] body = response.body();
+        if (body.length >= LARGE && !reserve(exchange, body.length)) {
+            send(exchange, Problem.overloaded().response());
+            return;
+        }
+        exchange.setStatusCode(response.status());
+        HeaderMap headers = exchange.getResponseHeaders();
+        if (response.type() != null) headers.put(Headers.CONTENT_TYPE, response.type());
+        headers.put(Headers.CACHE_CONTROL, "no-store");
+        response.headers().forEach(headers::put);
+        if (response.reason() != null) exchange.putAttachment(REJECTION_REASON, response.reason());
+        if (response.stream() != null)
+            exchange.dispatch(Thread::startVirtualThread, () -> response.stream().accept(exchange));
+        else if (body.length >= LARGE) sendLarge(exchange, body);
+        else exchange.getResponseSender().send(ByteBuffer.wrap(body));
+    }
+
+    /** In two parts: what Undertow writes together with the head, the connection keeps until its next response. */
+    private static void sendLarge(HttpServerExchange exchange, byte[] body) {
+        int first = 1_024;
+        exchange.setResponseContentLength(body.length);
+        exchange.getResponseSender().send(ByteBuffer.wrap(Arrays.copyOf(body, first)), new DefaultIoCallback() {
+            @Override public void onComplete(HttpServerExchange ex, Sender sender) {
+                sender.send(ByteBuffer.wrap(body, first, body.length - first));
+            }
+        });
+    }
+
+    /** Reserves memory until the exchange is complete; false if too many bytes wait for slow clients. */
+    private boolean reserve(HttpServerExchange exchange, int bytes) {
+        if (!budget.reserve(bytes)) return false;
+        exchange.putAttachment(RESERVED_BYTES,
+                Objects.requireNonNullElse(exchange.getAttachment(RESERVED_BYTES), 0) + bytes);
+        return true;
+    }
+
+    private void onComplete(HttpServerExchange exchange) {
+        Integer reserved = exchange.getAttachment(RESERVED_BYTES);
+        if (reserved != null) budget.release(reserved);
+        String route = Objects.requireNonNullElse(exchange.getAttachment(ROUTE), "(none)");
+        String method = abbreviate(exchange.getRequestMethod().toString());
+        String path = abbreviate(exchange.getRequestPath());
+        long nanos = System.nanoTime() - exchange.getRequestStartTime();
+        metrics.request(route, method, exchange.getStatusCode(), nanos);
+        if (exchange.getStatusCode() >= 400)
+            Log.warn("request_rejected", "request", requestId(exchange), "method", method, "path", path,
+                    "status", exchange.getStatusCode(), "reason", exchange.getAttachment(REJECTION_REASON));
+        else if (clientWantsTrace(exchange))
+            Log.info("request_completed", "request", requestId(exchange), "method", method, "path", path,
+                    "status", exchange.getStatusCode(), "millis", nanos / 1_000_000.0);
+    }
+
+    private static String abbreviate(String text) {
+        return text.length() <= 200 ? text : text.substring(0, 200) + "...";
+    }
+
+    /** A client that names its request wants to find it again; nginx logs all the others. */
+    private static boolean clientWantsTrace(HttpServerExchange exchange) {
+        String id = exchange.getRequestHeaders().getFirst(Request.X_REQUEST_ID);
+        return id != null && !id.equals(exchange.getRequestHeaders().getFirst(Request.X_PROXY_REQUEST_ID));
+    }
+
+    private static String requestId(HttpServerExchange exchange) {
+        return exchange.getResponseHeaders().getFirst(Request.X_REQUEST_ID);
+    }
+
+    /** Every response closes its connection for this long; then the port closes. */
+    void drain(int millis) {
+        draining = true;
+        pause(millis);
+        server.stop(); // the port only: connections belong to the worker
+    }
+
+    void awaitResponses(int maxMillis) {
+        for (int waited = 0; inFlight.get() > 0 && waited < maxMillis; waited += 10) pause(10);
+    }
+
+    static void pause(int millis) { LockSupport.parkNanos(millis * 1_000_000L); }
+
+    @Override public void close() { if (worker != null) worker.shutdownNow(); }
+}
+
+/** By how much a growing number grows in a second; measured once a second at most. */
+final class Rate {
+    private long last, began = System.nanoTime(), perSecond;
+
+    long of(long number) {
+        double seconds = (System.nanoTime() - began) / 1e9;
+        if (seconds > 0.9) {
+            perSecond = Math.round((number - last) / seconds);
+            last = number;
+            began = System.nanoTime();
+        }
+        return perSecond;
     }
 }
 
-// ------------------------------------------------------------------------------------------------- Configuration
+// --------------------------------------------------------------------------------------------------------- 3 API
+
+/** Answers one request; never blocks, for it runs on an I/O thread. A failure becomes a {@link Problem}. */
+interface RequestHandler { CompletableFuture<Response> handle(Request request) throws Exception; }
+
+/** One line an endpoint: the router, `Allow`, the metrics and the tests read this table. */
+record Route(String method, String path, RequestHandler handler) {}
+
+/** The value of /readyz. */
+record Readiness(boolean isReady, String status, Map<String, String> stores) {}
+
+/** What was requested; {@code body} is null where the method has none. */
+record Request(HttpServerExchange exchange, byte[] body) {
+    /** Any valid message fits, however it is encoded: 2,080 characters as `\\u` escapes of two halves are 25 KB. */
+    static final int MAX_BODY_BYTES = 32 * 1024;
+    static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
+    /** Set by nginx, equal for all its tries of one request; nginx overwrites what a client sends there. */
+    static final HttpString X_PROXY_REQUEST_ID = new HttpString("X-Proxy-Request-Id");
+    static final Pattern VALID_ID = Pattern.compile("[A-Za-z0-9._:-]{1,100}");
+    private static final HttpString IDEMPOTENCY_KEY = new HttpString("Idempotency-Key");
+    private static final Pattern VISIBLE = Pattern.compile("[!-~]{1,255}"), DIGITS = Pattern.compile("[0-9]{1,18}");
+
+    /** Where its batches start and its response is written. */
+    Executor ioThread() { return exchange.getIoThread(); }
+    boolean isHead() { return exchange.getRequestMethod().equals(Methods.HEAD); }
+    String header(HttpString name) { return exchange.getRequestHeaders().getFirst(name); }
+
+    boolean prefersHtml() {
+        HeaderValues accept = exchange.getRequestHeaders().get(Headers.ACCEPT);
+        return accept != null && Accept.prefersHtml(String.join(",", accept));
+    }
+
+    /** Whether the body is the page's form, not JSON. */
+    boolean isForm() {
+        if (exchange.getRequestHeaders().contains(Headers.CONTENT_ENCODING)) throw Problem.unsupportedMediaType();
+        String[] parts = Objects.requireNonNullElse(header(Headers.CONTENT_TYPE), "").toLowerCase(Locale.ROOT)
+                .split(";", 2);
+        boolean utf8 = parts.length < 2 || !parts[1].contains("charset") || parts[1].contains("utf-8");
+        if (utf8 && parts[0].strip().equals("application/x-www-form-urlencoded")) return true;
+        if (utf8 && parts[0].strip().equals("application/json")) return false;
+        throw Problem.unsupportedMediaType();
+    }
+
+    /** The client's key; or nginx's id for all its tries; or, for a second try on a new connection, a random one. */
+    IdempotencyKey idempotencyKey() {
+        HeaderValues client = exchange.getRequestHeaders().get(IDEMPOTENCY_KEY);
+        if (client != null && (client.size() > 1 || !VISIBLE.matcher(client.getFirst()).matches()))
+            throw Problem.badRequest("one Idempotency-Key, of 1 to 255 visible ASCII characters, is needed");
+        if (client != null) return new IdempotencyKey("c:" + client.getFirst(), true);
+        String proxy = header(X_PROXY_REQUEST_ID);
+        if (proxy != null && VALID_ID.matcher(proxy).matches()) return new IdempotencyKey("p:" + proxy, false);
+        return new IdempotencyKey("s:" + UUID.randomUUID(), false);
+    }
+
+    PageQuery pageQuery() {
+        return new PageQuery(number("before", Long.MAX_VALUE, Long.MAX_VALUE, "the id of a message"),
+                (int) number("limit", PageQuery.NEWEST.limit(), 100, "a whole number from 1 to 100"));
+    }
+
+    private long number(String name, long otherwise, long max, String needed) {
+        String value = parameter(name);
+        if (value == null) return otherwise;
+        long number = DIGITS.matcher(value).matches() ? Long.parseLong(value) : 0;
+        if (number >= 1 && number <= max) return number;
+        throw Problem.badRequest(name + " has to be " + needed);
+    }
+
+    /** The cursor of the last event that the client has; null if it has none. Browsers may send an empty header. */
+    Cursor lastEvent() {
+        String header = exchange.getRequestHeaders().getFirst("Last-Event-ID");
+        boolean hasHeader = header != null && !header.isEmpty();
+        String text = hasHeader ? header : parameter("after");
+        Cursor cursor = text == null ? null : Cursor.parse(text);
+        if (text == null || cursor != null) return cursor;
+        throw Problem.badRequest((hasHeader ? "Last-Event-ID" : "after") + " has to be a cursor, as in 7421-88, or 0");
+    }
+
+    private String parameter(String name) {
+        Deque<String> values = exchange.getQueryParameters().get(name);
+        return values == null ? null : values.getLast();
+    }
+
+    /** The {id} in the path. */
+    long messageId() {
+        String text = exchange.getAttachment(PathTemplateMatch.ATTACHMENT_KEY).getParameters().get("id");
+        if (!DIGITS.matcher(text).matches() || text.startsWith("0")) throw Problem.notFound("there is no such message");
+        return Long.parseLong(text);
+    }
+}
 
 /**
- * What an instance is told by its environment, checked once. No hosts of a store: bring your own (Embedded).
+ * What is sent back.
  *
- * @param host        the address it listens on
- * @param drainMillis how long a leaving instance still answers while it asks its clients to go elsewhere; has to
- *                    outlast the time for which nginx keeps an idle connection (keepalive_timeout, 2 s)
+ * @param reason why the request was rejected, for the log
+ * @param stream takes over after the head, on a virtual thread; null if {@code body} is all there is
+ */
+record Response(int status, String type, byte[] body, Map<HttpString, String> headers, String reason,
+        Consumer<HttpServerExchange> stream) {
+    Response(int status, String type, byte[] body) { this(status, type, body, Map.of(), null, null); }
+
+    static Response json(int status, String json) {
+        return new Response(status, "application/json", json.getBytes(UTF_8));
+    }
+
+    Response with(HttpString name, String value) {
+        Map<HttpString, String> more = new LinkedHashMap<>(headers);
+        more.put(name, value);
+        return new Response(status, type, body, more, reason, stream);
+    }
+
+    Response withReason(String why) { return new Response(status, type, body, headers, why, stream); }
+    Response withStream(Consumer<HttpServerExchange> next) {
+        return new Response(status, type, body, headers, reason, next);
+    }
+}
+
+/** An error as RFC 9457 defines it; {@code errors} are by field. */
+@SuppressWarnings("serial") // never serialized
+final class Problem extends RuntimeException {
+    private final int status;
+    private final String title;
+    private final Map<String, String> errors;
+
+    private Problem(int status, String title, String detail, Map<String, String> errors) {
+        super(detail, null, false, false); // an expected outcome needs no stack trace
+        this.status = status;
+        this.title = title;
+        this.errors = errors;
+    }
+
+    private static Problem of(int status, String title, String detail) {
+        return new Problem(status, title, detail, Map.of());
+    }
+
+    static Problem badRequest(String detail) { return of(400, "Bad Request", detail); }
+    static Problem notFound(String detail) { return of(404, "Not Found", detail); }
+    static Problem methodNotAllowed(String allow) { return of(405, "Method Not Allowed", "allowed here: " + allow); }
+    static Problem tooLarge() {
+        return of(413, "Content Too Large", "a body may have " + Request.MAX_BODY_BYTES + " bytes");
+    }
+    static Problem unsupportedMediaType() {
+        return of(415, "Unsupported Media Type",
+                "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8 and not encoded");
+    }
+    static Problem keyReused() {
+        return of(422, "Unprocessable Content", "this Idempotency-Key was used for another message");
+    }
+    static Problem unavailable(String detail) { return of(503, "Service Unavailable", detail); }
+    static Problem overloaded() { return unavailable("too many requests are waiting"); }
+    static Problem internalError() { return of(500, "Internal Server Error", "this should not happen; it was logged"); }
+
+    /** The one place that maps failures of the domain, the batchers and the stores; null for a defect. */
+    static Problem of(Throwable failure) {
+        return switch (unwrap(failure)) {
+            case Problem problem -> problem;
+            case Invalid invalid when invalid.fields().isEmpty() -> badRequest(invalid.getMessage());
+            case Invalid invalid -> new Problem(422, "Unprocessable Content", invalid.getMessage(), invalid.fields());
+            case StoreException store -> unavailable(store.getMessage());
+            case Batcher.Overloaded full -> overloaded();
+            default -> null;
+        };
+    }
+
+    static Throwable unwrap(Throwable failure) {
+        return failure instanceof CompletionException && failure.getCause() != null ? failure.getCause() : failure;
+    }
+
+    int status() { return status; }
+    Map<String, String> errors() { return errors; }
+
+    Response response() {
+        Map<String, Object> members = new LinkedHashMap<>();
+        members.put("type", "about:blank");
+        members.put("title", title);
+        members.put("status", status);
+        members.put("detail", getMessage());
+        if (!errors.isEmpty()) members.put("errors", errors);
+        return explain(new Response(status, "application/problem+json", Json.of(members).getBytes(UTF_8)));
+    }
+
+    /** Adds the reason for the log, and when to retry. */
+    Response explain(Response response) {
+        Response explained = response.withReason(getMessage());
+        return status == 503 ? explained.with(Headers.RETRY_AFTER, "1") : explained;
+    }
+}
+
+/** What each endpoint answers: check, submit, respond. No SQL and no Redis command stands here. */
+final class Api implements AutoCloseable {
+    private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
+    private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
+    private static final String OPENAPI = Config.resource("/openapi.json");
+
+    private final String instance;
+    private final Membership membership;
+    private final Events events;
+    private final Metrics metrics;
+    private final Supplier<Readiness> readiness;
+    private final Batcher<Void, Long> visits;
+    private final Batcher<Void, Counts> counts;
+    private final Batcher<SaveRequest, SaveResult> writes;
+    private final Batcher<PageQuery, MessagePage> reads;
+    private final HtmlPage page = new HtmlPage();
+
+    Api(String instance, Messages messages, Counters counters, Membership membership, Events events, Metrics metrics,
+            Supplier<Readiness> readiness) {
+        this.instance = instance;
+        this.membership = membership;
+        this.events = events;
+        this.metrics = metrics;
+        this.readiness = readiness;
+        visits = new Batcher<>("visits", metrics, batch -> counters.count(batch.size()));
+        counts = new Batcher<>("counts", metrics, batch -> Collections.nCopies(batch.size(), counters.read()));
+        writes = new Batcher<>("writes", metrics, messages::save);
+        reads = new Batcher<>("reads", metrics, messages::pages);
+    }
+
+    List<Route> routes() {
+        Response healthy = Response.json(200, Json.object("status", "ok", "instance", instance));
+        Response description = Response.json(200, OPENAPI);
+        return List.of(
+                new Route("GET", "/", this::visit),
+                new Route("GET", "/api/visits", this::visits),
+                new Route("POST", "/api/messages", this::postMessage),
+                new Route("GET", "/api/messages", this::listMessages),
+                new Route("GET", "/api/messages/{id}", this::oneMessage),
+                new Route("GET", "/api/events", this::events),
+                new Route("GET", "/api/instances", request -> now(Response.json(200, Json.of(membership.all())))),
+                new Route("GET", "/healthz", request -> now(healthy)),
+                new Route("GET", "/readyz", request -> now(readyz())),
+                new Route("GET", "/metrics", this::metrics),
+                new Route("GET", "/openapi.json", request -> now(description)));
+    }
+
+    private static CompletableFuture<Response> now(Response response) {
+        return CompletableFuture.completedFuture(response);
+    }
+
+    /** Replaces a failure that has an answer, such as an unavailable store; the page then shows it as such. */
+    private static <A> CompletableFuture<A> orElse(A otherwise, CompletableFuture<A> answer) {
+        return answer.exceptionally(failure -> {
+            if (Problem.of(failure) != null) return otherwise;
+            throw new CompletionException(Problem.unwrap(failure));
+        });
+    }
+
+    private CompletableFuture<Response> visit(Request request) {
+        PageQuery query = request.prefersHtml() ? request.pageQuery() : null;
+        CompletableFuture<Long> number = request.isHead() ? CompletableFuture.completedFuture(null) // not a visit
+                : orElse(null, visits.submit(null, request.ioThread()));
+        CompletableFuture<Response> response = query == null
+                ? number.thenApply(visit -> Response.json(200, // a name needs no escapes in JSON
+                        "{\"instance\":\"" + instance + "\",\"visits\":" + visit + '}'))
+                : number.thenCompose(visit -> page(request, 200, query, visit, Form.EMPTY));
+        return response.thenApply(answer -> answer.with(Headers.VARY, "Accept"));
+    }
+
+    private CompletableFuture<Response> page(Request request, int status, PageQuery query, Long visit, Form form) {
+        CompletableFuture<Counts> counted = orElse(Counts.UNKNOWN, counts.submit(null, request.ioThread()));
+        CompletableFuture<MessagePage> found = orElse(MessagePage.UNKNOWN, reads.submit(query, request.ioThread()));
+        return counted.thenCombine(found, (total, messages) -> page.response(status,
+                page.render(instance, visit, total, messages, query, membership.all(), form)));
+    }
+
+    private CompletableFuture<Response> visits(Request request) {
+        return counts.submit(null, request.ioThread()).thenApply(counted -> Response.json(200, Json.of(counted)));
+    }
+
+    private CompletableFuture<Response> postMessage(Request request) {
+        boolean form = request.isForm();
+        CompletableFuture<Response> response = CompletableFuture.completedFuture(form)
+                .thenCompose(isForm -> save(request, isForm));
+        if (!form || !request.prefersHtml()) return response;
+        return response.exceptionallyCompose(failure -> rejectForm(request, failure));
+    }
+
+    private CompletableFuture<Response> save(Request request, boolean form) {
+        NewMessage message = form ? NewMessage.fromForm(request.body()) : NewMessage.fromJson(request.body());
+        return writes.submit(new SaveRequest(request.idempotencyKey(), message), request.ioThread())
+                .thenApply(result -> saved(result, form));
+    }
+
+    private Response saved(SaveResult result, boolean form) {
+        if (result.rejection() != null) throw result.rejection();
+        if (result.isConflict()) throw Problem.keyReused();
+        if (form) return new Response(303, "text/plain", new byte[0]).with(Headers.LOCATION, "/");
+        Response response = Response.json(result.isReplay() ? 200 : 201, Json.of(result.message()))
+                .with(Headers.LOCATION, "/api/messages/" + result.message().id());
+        return result.isReplay() ? response.with(IDEMPOTENCY_REPLAYED, "true") : response;
+    }
+
+    /** Without JavaScript, a browser gets the page back, with what was typed and what is wrong. */
+    private CompletableFuture<Response> rejectForm(Request request, Throwable failure) {
+        Problem problem = Problem.of(failure);
+        if (problem == null) return CompletableFuture.failedFuture(failure);
+        return page(request, problem.status(), PageQuery.NEWEST, null, Form.of(request.body(), problem))
+                .thenApply(problem::explain);
+    }
+
+    private CompletableFuture<Response> listMessages(Request request) {
+        return reads.submit(request.pageQuery(), request.ioThread())
+                .thenApply(found -> new Response(200, "application/json", found.json()));
+    }
+
+    private CompletableFuture<Response> oneMessage(Request request) {
+        long id = request.messageId();
+        return reads.submit(new PageQuery(id + 1, 1), request.ioThread()).thenApply(found -> {
+            if (found.messages().isEmpty() || found.messages().getFirst().id() != id)
+                throw Problem.notFound("there is no message " + id);
+            return Response.json(200, Json.of(found.messages().getFirst()));
+        });
+    }
+
+    /** Proxies must neither buffer (nginx, by the first header) nor compress (others, by the second) a stream. */
+    private CompletableFuture<Response> events(Request request) {
+        Cursor after = request.lastEvent();
+        Response head = new Response(200, Events.TYPE, new byte[0]).with(X_ACCEL_BUFFERING, "no")
+                .with(Headers.CACHE_CONTROL, "no-store, no-transform");
+        return now(request.isHead() ? head : head.withStream(events.subscribe(after)));
+    }
+
+    private Response readyz() {
+        Readiness state = readiness.get();
+        Response response = Response.json(state.isReady() ? 200 : 503, Json.object("status", state.status(),
+                "instance", instance, "dependencies", state.stores()));
+        return state.isReady() ? response : response.with(Headers.RETRY_AFTER, "1");
+    }
+
+    /** For the backend network only: nginx refuses the path too, and a forwarded request came through some proxy. */
+    private CompletableFuture<Response> metrics(Request request) {
+        if (request.header(Headers.X_FORWARDED_FOR) != null) throw Problem.notFound("not found");
+        return CompletableFuture.supplyAsync(metrics::text, Thread::startVirtualThread) // JMX may block
+                .thenApplyAsync(text -> new Response(200, PrometheusTextFormatWriter.CONTENT_TYPE, text),
+                        request.ioThread());
+    }
+
+    @Override public void close() { Stream.of(visits, counts, writes, reads).forEach(Batcher::close); }
+}
+
+/**
+ * The event stream: each message once, in the order of {@link Cursor}, to every subscriber of this instance. The
+ * watchers of the stores poll what is new: PostgreSQL's high-water mark, Redis' counts, the status of instances.
+ *
+ * <p>The server keeps a cursor for each subscriber, not a queue. Subscribers at one cursor share one read, and one that
+ * reads slowly keeps a page of events in memory, of at most 8 KB or one event.
+ */
+final class Events implements AutoCloseable {
+    static final String TYPE = "text/event-stream; charset=UTF-8";
+    static final int MAX_SUBSCRIBERS = 1_024;
+    private static final int MAX_PAGES_AT_ONCE = 16, CHUNK_BYTES = 8 * 1024;
+    private static final long HEARTBEAT_NANOS = 15_000_000_000L, WRITE_STALL_NANOS = 30_000_000_000L;
+    /** An event, not a comment, so that scripts see it. */
+    private static final byte[] HEARTBEAT = frame("heartbeat", null, "{}");
+
+    /** A page of events as every subscriber at its cursor gets it; {@code isComplete}: no event followed. */
+    private record Chunk(Cursor end, int events, byte[] bytes, boolean isComplete, boolean isCursorValid) {}
+
+    private final BufferBudget budget;
+    private final Metrics metrics;
+    private final Batcher<EventQuery, Chunk> queries;
+    private final Set<Subscriber> subscribers = ConcurrentHashMap.newKeySet();
+    private volatile Cursor highWaterMark; // null until PostgreSQL was read
+    private volatile byte[] counts, instances; // the newest, as events
+    private volatile boolean closed;
+
+    Events(Messages messages, BufferBudget budget, Metrics metrics) {
+        this.budget = budget;
+        this.metrics = metrics;
+        queries = new Batcher<>("events", metrics, batch -> pages(messages, batch));
+    }
+
+    int subscribers() { return subscribers.size(); }
+
+    void onHighWaterMark(Cursor mark) {
+        if (mark.equals(highWaterMark)) return;
+        highWaterMark = mark;
+        wakeAll();
+    }
+
+    void onCounts(Counts newest) {
+        byte[] event = frame("visit", null, Json.of(newest));
+        if (Arrays.equals(event, counts)) return;
+        counts = event;
+        wakeAll();
+    }
+
+    void onInstances(List<InstanceStatus> newest) {
+        byte[] event = subscribers.isEmpty() ? null : frame("instances", null, Json.of(newest));
+        if (Arrays.equals(event, instances)) return;
+        instances = event;
+        wakeAll();
+    }
+
+    private void wakeAll() { subscribers.forEach(Subscriber::wake); }
+
+    /**
+     * Takes over a response whose head is complete.
+     *
+     * @param after the cursor of the last event that the client has; null: events from now on
+     */
+    Consumer<HttpServerExchange> subscribe(Cursor after) {
+        if (subscribers() >= MAX_SUBSCRIBERS) throw Problem.overloaded();
+        return exchange -> new Subscriber(exchange, after).run();
+    }
+
+    /** One event as bytes. The data is JSON, so it has no line ends. */
+    static byte[] frame(String event, Cursor id, String data) {
+        return ((id == null ? "" : "id: " + id + '\n') + "event: " + event + "\ndata: " + data + "\n\n")
+                .getBytes(UTF_8);
+    }
+
+    /** One read for each cursor; the queries after the first sixteen cursors wait for the next batch. */
+    private static List<Chunk> pages(Messages messages, List<EventQuery> batch) throws InterruptedException {
+        Map<EventQuery, Chunk> read = new HashMap<>();
+        List<Chunk> answers = new ArrayList<>();
+        for (EventQuery query : batch) {
+            if (!read.containsKey(query)) {
+                if (read.size() == MAX_PAGES_AT_ONCE) break;
+                read.put(query, chunk(messages.eventsAfter(query)));
+            }
+            answers.add(read.get(query));
+        }
+        return answers;
+    }
+
+    private static Chunk chunk(EventPage page) {
+        ByteArrayOutputStream bytes = new ByteArrayOutputStream();
+        Cursor end = page.start();
+        int events = 0;
+        for (EventPage.Event event : page.events()) {
+            byte[] frame = frame("message", event.cursor(), Json.of(event.message()));
+            if (events > 0 && bytes.size() + frame.length > CHUNK_BYTES)
+                return new Chunk(end, events, bytes.toByteArray(), false, page.isCursorValid());
+            bytes.writeBytes(frame);
+            end = event.cursor();
+            events++;
+        }
+        return new Chunk(end, events, bytes.toByteArray(), page.isComplete(), page.isCursorValid());
+    }
+
+    /** Ends the streams; browsers reconnect to another instance with the id of their last event. */
+    void endStreams() {
+        closed = true;
+        wakeAll();
+    }
+
+    @Override public void close() {
+        endStreams();
+        queries.close();
+    }
+
+    /** One open stream: a loop on a virtual thread that sends what is new, then parks until it is woken. */
+    private final class Subscriber {
+        private static final int MIN_EVENTS = 4, MAX_EVENTS = 50;
+
+        private final HttpServerExchange exchange;
+        private final StreamSinkChannel sink;
+        private final Thread thread = Thread.currentThread();
+        private Cursor position;       // all events up to here are sent; null: unknown until PostgreSQL answers
+        private boolean gap;           // the events between gapStart and position are not sent
+        private Cursor gapStart;
+        private Cursor queriedMark;    // the high-water mark up to which events are sent
+        private int limit = MAX_EVENTS;
+        private byte[] sentCounts, sentInstances;
+        private long lastHeartbeat = System.nanoTime(), lastWrite;
+        private volatile boolean disconnected;
+
+        Subscriber(HttpServerExchange exchange, Cursor after) {
+            this.exchange = exchange;
+            this.position = after;
+            exchange.setPersistent(false); // the end of a stream is the end of its connection
+            sink = exchange.getResponseChannel();
+            sink.getWriteSetter().set(channel -> {
+                channel.suspendWrites();
+                wake();
+            });
+            exchange.getConnection().addCloseListener(connection -> {
+                disconnected = true;
+                wake();
+            });
+        }
+
+        void wake() { LockSupport.unpark(thread); }
+
+        void run() {
+            subscribers.add(this);
+            try {
+                begin();
+                while (!closed) if (!sendNext()) park();
+                sink.shutdownWrites();
+                send(null, new byte[0]);
+            } catch (IOException | InterruptedException e) { // the client left, or stalled
+            } finally {
+                subscribers.remove(this);
+                IoUtils.safeClose(exchange.getConnection());
+                exchange.endExchange();
+            }
+        }
+
+        /** Also ends the wait for a wake-up that was lost, and for a store that is back. */
+        private void park() throws IOException {
+            LockSupport.parkNanos(1_000_000_000);
+            if (disconnected) throw new ClosedChannelException();
+        }
+
+        /** The head says from where on events are complete; so it waits for the cursor. */
+        private void begin() throws IOException, InterruptedException {
+            Chunk first = query(position != null);
+            if (position == null && first != null) {
+                position = first.end();
+                first = null;
+            }
+            gap = position == null;
+            send(null, ((gap ? "" : "id: " + position + "\n") + "retry: 1000\n\n").getBytes(UTF_8));
+            if (first != null) deliver(first);
+        }
+
+        private boolean sendNext() throws IOException, InterruptedException {
+            byte[] newCounts = counts, newInstances = instances;
+            if (newCounts != null && newCounts != sentCounts) return send("visit", sentCounts = newCounts);
+            if (newInstances != null && newInstances != sentInstances)
+                return send("instances", sentInstances = newInstances);
+            if (System.nanoTime() - lastHeartbeat > HEARTBEAT_NANOS) {
+                lastHeartbeat = System.nanoTime();
+                return send("heartbeat", HEARTBEAT);
+            }
+            Cursor mark = highWaterMark;
+            if (position != null && (mark == null || mark.equals(queriedMark))) return false;
+            Chunk next = query(false);
+            if (next == null) return false;
+            deliver(next);
+            return true;
+        }
+
+        /** @return null while PostgreSQL is unavailable or overloaded */
+        private Chunk query(boolean reconnects) throws InterruptedException {
+            Cursor mark = highWaterMark;
+            try {
+                Chunk chunk = queries.call(new EventQuery(position, limit, reconnects));
+                if (chunk.isComplete()) queriedMark = mark;
+                return chunk;
+            } catch (StoreException | Batcher.Overloaded unavailable) { return null; }
+        }
+
+        private void deliver(Chunk chunk) throws IOException {
+            if (!chunk.isCursorValid()) { // then from now on
+                gap = true;
+                gapStart = position;
+                position = null;
+            } else if (position == null) {
+                position = chunk.end();
+                gap = false;
+                send("gap", frame("gap", position, Json.object("after", gapStart)));
+            } else if (chunk.events() > 0) {
+                send(null, chunk.bytes());
+                metrics.eventsSent("message", chunk.events());
+                position = chunk.end();
+                limit = Math.clamp(2 * chunk.events(), MIN_EVENTS, MAX_EVENTS); // large events: fewer at once
+            }
+        }
+
+        /** Blocks this virtual thread until the client's connection has taken all of it. */
+        private boolean send(String event, byte[] bytes) throws IOException {
+            ByteBuffer rest = ByteBuffer.wrap(bytes);
+            boolean reserved = false;
+            lastWrite = System.nanoTime();
+            try {
+                while (!isWritten(rest)) {
+                    if (!reserved) reserved = budget.reserve(bytes.length);
+                    if (!reserved || closed || System.nanoTime() - lastWrite > WRITE_STALL_NANOS)
+                        throw new IOException("the client does not read");
+                    sink.resumeWrites();
+                    park();
+                }
+            } finally { if (reserved) budget.release(bytes.length); }
+            if (event != null) metrics.eventsSent(event, 1);
+            return true;
+        }
+
+        private boolean isWritten(ByteBuffer rest) throws IOException {
+            while (rest.hasRemaining()) {
+                if (sink.write(rest) == 0) return false;
+                lastWrite = System.nanoTime();
+            }
+            return sink.flush();
+        }
+    }
+}
+
+/**
+ * How much a client prefers a media type (RFC 9110, 12.5.1): by the range that names it most exactly.
+ *
+ * @param exactness 0 for any type, 2 for `text/*`, 4 for `text/html`, one more with its charset; -1: no range names it
+ */
+record Accept(int exactness, double quality) {
+    private static final Pattern QUOTED = Pattern.compile("\"[^\"]*\""),
+            WEIGHT = Pattern.compile("0(\\.[0-9]{0,3})?|1(\\.0{0,3})?");
+
+    /** HTML or JSON. At equal preference, HTML has to be named as exactly as JSON, and not by any type. */
+    static boolean prefersHtml(String header) {
+        String ranges = QUOTED.matcher(header.toLowerCase(Locale.ROOT))
+                .replaceAll(quoted -> quoted.group().equals("\"utf-8\"") ? "utf-8" : "_"); // may hold a comma
+        Accept html = of(ranges, "text", "html"), json = of(ranges, "application", "json");
+        return html.quality > 0 && (html.quality > json.quality || html.quality == json.quality
+                && html.exactness > 1 && html.exactness >= json.exactness);
+    }
+
+    private static Accept of(String ranges, String type, String subtype) {
+        Accept best = new Accept(-1, 0);
+        for (String range : ranges.split(",")) {
+            String[] parts = range.split(";");
+            String name = parts.length == 0 ? "" : parts[0].strip();
+            int exactness = name.equals("*/*") ? 0 : name.equals(type + "/*") ? 2
+                    : name.equals(type + '/' + subtype) ? 4 : -1;
+            double quality = 1;
+            for (int i = 1; i < parts.length && exactness >= 0; i++) {
+                String parameter = parts[i].strip();
+                if (parameter.startsWith("q=") && WEIGHT.matcher(parameter.substring(2)).matches())
+                    quality = Double.parseDouble(parameter.substring(2));
+                else if (parameter.equals("charset=utf-8")) exactness++;
+                else if (!parameter.isEmpty()) exactness = -1; // a variant that does not exist, or an invalid weight
+            }
+            if (exactness > best.exactness) best = new Accept(exactness, quality);
+        }
+        return best;
+    }
+}
+
+/** The text typed into the form, and its errors: by field, or as a whole. */
+record Form(String author, String body, Map<String, String> errors, String trouble) {
+    static final Form EMPTY = new Form("", "", Map.of(), null);
+
+    static Form of(byte[] sent, Problem problem) {
+        Map<String, String> fields;
+        try {
+            fields = NewMessage.formFields(sent);
+        } catch (Invalid unreadable) { fields = Map.of(); }
+        return new Form(fields.getOrDefault("author", ""), fields.getOrDefault("body", ""), problem.errors(),
+                problem.errors().isEmpty() ? "Not stored: " + problem.getMessage() + "." : null);
+    }
+
+    boolean isRejected() { return trouble != null || !errors.isEmpty(); }
+}
+
+/** The page at /, complete and usable before any script runs: page/page.html, with its style and script inside. */
+final class HtmlPage {
+    private static final HttpString CONTENT_SECURITY_POLICY = new HttpString("Content-Security-Policy");
+    private static final HttpString X_FRAME_OPTIONS = new HttpString("X-Frame-Options");
+
+    private final String style = Config.resource("/page.css"), script = Config.resource("/page.js");
+    private final Template template = template(Config.resource("/page.html"));
+    private final String policy = "default-src 'none'; style-src " + sha256(style) + "; script-src " + sha256(script)
+            + "; connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
+            + "require-trusted-types-for 'script'";
+
+    Response response(int status, byte[] html) {
+        return new Response(status, "text/html; charset=utf-8", html).with(CONTENT_SECURITY_POLICY, policy)
+                .with(Headers.REFERRER_POLICY, "no-referrer").with(X_FRAME_OPTIONS, "DENY");
+    }
+
+    byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
+            List<InstanceStatus> present, Form form) {
+        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
+                .getBytes(UTF_8);
+    }
+
+    /** A name of the template that is missing here is an error. */
+    private static Template template(String html) {
+        String[][] escapes = {{"&", "&amp;"}, {"<", "&lt;"}, {">", "&gt;"}, {"\"", "&quot;"}, {"'", "&#39;"},
+            {"\r", "&#13;"}}; // a browser would make LF of a bare CR
+        return Mustache.compiler().withEscaper(Escapers.simple(escapes)).nullValue("").strictSections(true)
+                .withLoader(name -> new StringReader(row(html, name))).compile(html);
+    }
+
+    /** {@code {{>name}}} is what stands in the page's {@code <template id="name">}: the row that the script copies. */
+    private static String row(String html, String name) {
+        String begin = "<template id=\"" + name + "\">";
+        int from = html.indexOf(begin) + begin.length();
+        return html.substring(from, html.indexOf("</template>", from)).stripLeading();
+    }
+
+    private static String sha256(String text) {
+        try {
+            byte[] digest = MessageDigest.getInstance("SHA-256").digest(text.getBytes(UTF_8));
+            return "'sha256-" + Base64.getEncoder().encodeToString(digest) + "'";
+        } catch (GeneralSecurityException e) { throw new IllegalStateException(e); } // every Java has it
+    }
+
+    /** Equal in every locale: SVG has no decimal comma. */
+    private static String format(String format, Number number) { return String.format(Locale.ROOT, format, number); }
+
+    /** The names of the template. */
+    private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
+                        PageQuery query, List<InstanceStatus> present, Form form) {
+        String title() { return form.isRejected() ? "Not stored" : instance; }
+        boolean postgresUnavailable() { return page.messages() == null; }
+        boolean redisUnavailable() { return counts.total() == null; }
+        boolean isLong() { return instance.length() > 9; }
+        String visit() { return visitNumber == null ? "Not counted as a visit" : format("Visit %,d", visitNumber); }
+        String total() { return redisUnavailable() ? "unknown" : format("%,d", counts.total()); }
+        int authorMost() { return NewMessage.MAX_AUTHOR; }
+        String authorLimit() { return format("%,d", NewMessage.MAX_AUTHOR); }
+        String authorError() { return form.errors().get("author"); }
+        int bodyMost() { return NewMessage.MAX_BODY; }
+        String bodyLimit() { return format("%,d", NewMessage.MAX_BODY); }
+        String bodyError() { return form.errors().get("body"); }
+        boolean isNewest() { return query.before() == PageQuery.NEWEST.before(); }
+        String cursor() { return page.cursor(); }
+        String older() { return page.next(); }
+        Row blankMessage() { return Row.BLANK; }
+        Share blankShare() { return Share.BLANK; }
+        List<Row> messages() { return postgresUnavailable() ? null : page.messages().stream().map(Row::of).toList(); }
+
+        InstanceStatus blankPresence() { return new InstanceStatus("", "", "", "", null); }
+
+        List<Share> shares() {
+            return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(InstanceStatus.BY_NAME))
+                    .map(one -> Share.of(one.getKey(), one.getValue(), counts.total())).toList();
+        }
+    }
+
+    private record Row(long id, String author, String body, String instance, Instant createdAt, String time) {
+        private static final DateTimeFormatter TIME =
+                DateTimeFormatter.ofPattern("d MMM uuuu, HH:mm:ss 'UTC'", Locale.ENGLISH).withZone(ZoneOffset.UTC);
+        static final Row BLANK = new Row(0, "", "", "", Instant.EPOCH, "");
+
+        static Row of(Message message) {
+            return new Row(message.id(), message.author(), message.body(), message.instance(), message.createdAt(),
+                    TIME.format(message.createdAt()));
+        }
+    }
+
+    private record Share(String name, String visits, String percent) {
+        static final Share BLANK = new Share("", "", "0");
+
+        static Share of(String name, long visits, long total) {
+            return new Share(name, format("%,d", visits), format("%.1f", 100.0 * visits / Math.max(1, total)));
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ 4 Domain
+
+/** A message as stored. The text is what the author sent, to the character. */
+record Message(long id, String author, String body, String instance, Instant createdAt) {}
+
+/** Input that breaks a rule: of a field, by its name; or, without fields, input that cannot be read at all. */
+@SuppressWarnings("serial") // never serialized
+final class Invalid extends RuntimeException {
+    private final Map<String, String> fields;
+
+    Invalid(String detail) {
+        super(detail, null, false, false);
+        fields = Map.of();
+    }
+
+    Invalid(Map<String, String> fields) {
+        super(String.join("; ", fields.values()), null, false, false);
+        this.fields = fields;
+    }
+
+    Map<String, String> fields() { return fields; }
+}
+
+/** A valid message, not yet stored. Lengths are in Unicode code points, without white space around the text. */
+record NewMessage(String author, String body) {
+    static final int MAX_AUTHOR = 80, MAX_BODY = 2_000;
+    /** White space around the text is stored with it, so it is limited too. */
+    private static final int MAX_OUTER_SPACE = 1_000;
+
+    /** @throws Invalid with each field that breaks a rule */
+    NewMessage {
+        Map<String, String> errors = new LinkedHashMap<>();
+        check("author", author, MAX_AUTHOR, errors);
+        check("body", body, MAX_BODY, errors);
+        if (!errors.isEmpty()) throw new Invalid(errors);
+    }
+
+    private static void check(String field, String text, int max, Map<String, String> errors) {
+        if (text == null) {
+            errors.put(field, field + " is missing");
+            return;
+        }
+        if (text.indexOf('\0') >= 0) throw new Invalid(field + " holds a NUL character");
+        int begin = 0, end = text.length();
+        while (begin < end && isWhiteSpace(text.charAt(begin))) begin++;
+        while (begin < end && isWhiteSpace(text.charAt(end - 1))) end--;
+        int length = text.codePointCount(begin, end);
+        if (length == 0) errors.put(field, field + " is empty");
+        if (length > max) errors.put(field, field + " has " + length + " characters, " + max + " are allowed");
+        if (text.length() - (end - begin) > MAX_OUTER_SPACE)
+            errors.put(field, field + " has more than " + MAX_OUTER_SPACE + " characters of white space around it");
+    }
+
+    /** Unicode's White_Space, as in the page. Java's strip() leaves U+00A0 and U+0085, and takes U+001C. */
+    private static boolean isWhiteSpace(char c) {
+        return Character.isSpaceChar(c) || c >= '\t' && c <= '\r' || c == '\u0085';
+    }
+
+    /** From {@code {"author","body"}}. Other fields are ignored, a field given twice is an error. */
+    static NewMessage fromJson(byte[] bytes) {
+        Map<String, JsonElement> fields;
+        try {
+            fields = Json.parseObject(utf8(bytes));
+        } catch (JsonParseException e) { throw new Invalid(e.getMessage()); }
+        Map<String, String> errors = new LinkedHashMap<>();
+        String author = text(fields, "author", errors), body = text(fields, "body", errors);
+        if (!errors.isEmpty()) throw new Invalid(errors);
+        return new NewMessage(author, body);
+    }
+
+    private static String text(Map<String, JsonElement> fields, String name, Map<String, String> errors) {
+        JsonElement value = fields.get(name);
+        if (value == null) return null; // the constructor reports it
+        if (value instanceof JsonPrimitive text && text.isString()) return text.getAsString();
+        errors.put(name, name + (value.isJsonNull() ? " is missing" : " has to be a string"));
+        return null;
+    }
+
+    /** From the page's form, URL-encoded. */
+    static NewMessage fromForm(byte[] bytes) {
+        Map<String, String> fields = formFields(bytes);
+        return new NewMessage(fields.get("author"), fields.get("body"));
+    }
+
+    static Map<String, String> formFields(byte[] bytes) {
+        Map<String, String> fields = new HashMap<>();
+        for (String pair : new String(bytes, ISO_8859_1).split("&")) { // bytes as characters, until decoded
+            int equals = pair.indexOf('=');
+            if (equals < 0) continue;
+            String name = formText(pair.substring(0, equals));
+            if (fields.put(name, formText(pair.substring(equals + 1))) != null)
+                throw new Invalid("the form has a field twice");
+        }
+        return fields;
+    }
+
+    private static String formText(String encoded) {
+        try { // not as UTF-8 at once: URLDecoder replaces invalid bytes without an error
+            return utf8(URLDecoder.decode(encoded, ISO_8859_1).getBytes(ISO_8859_1));
+        } catch (IllegalArgumentException e) { throw new Invalid("the form is not URL-encoded"); }
+    }
+
+    private static String utf8(byte[] bytes) {
+        try {
+            return UTF_8.newDecoder().decode(ByteBuffer.wrap(bytes)).toString();
+        } catch (CharacterCodingException e) { throw new Invalid("the body is not UTF-8"); }
+    }
+}
+
+/** Makes a write safe to repeat, against any instance: stored in the message's row, in the same commit. */
+record IdempotencyKey(String stored, boolean fromClient) {}
+
+record SaveRequest(IdempotencyKey key, NewMessage message) {}
+
+/**
+ * The outcome of a save: the stored message, and whether it is a {@code isReplay} of what the client's key stood for;
+ * or why PostgreSQL rejected this message.
+ */
+record SaveResult(Message message, NewMessage sent, boolean isReplay, StoreException rejection) {
+    /** The key stands for another message. */
+    boolean isConflict() { return !message.author().equals(sent.author()) || !message.body().equals(sent.body()); }
+}
+
+/** Keyset pagination: at most {@code limit} (1 to 100) messages with ids below {@code before}, newest first. */
+record PageQuery(long before, int limit) {
+    static final PageQuery NEWEST = new PageQuery(Long.MAX_VALUE, 20);
+}
+
+/**
+ * Messages, newest first, and their JSON; shared by all who asked the same in one batch. All null: unknown.
+ *
+ * @param next   the query for older ones, null if there are none
+ * @param cursor events after it miss none that is not on this page
+ */
+record MessagePage(List<Message> messages, String next, String cursor, byte[] json) {
+    static final MessagePage UNKNOWN = new MessagePage(null, null, null, null);
+
+    /** @param found one more than the limit, if there are so many */
+    static MessagePage of(PageQuery query, List<Message> found, Cursor cursor) {
+        boolean more = found.size() > query.limit();
+        List<Message> messages = more ? found.subList(0, query.limit()) : found;
+        String next = more ? "limit=" + query.limit() + "&before=" + messages.getLast().id() : null;
+        return new MessagePage(messages, next, cursor.toString(), Json.object("messages", messages,
+                "next", more ? "/api/messages?" + next : null, "cursor", cursor.toString()).getBytes(UTF_8));
+    }
+}
+
+/** All visits, and how many each instance counted; the total is their sum. Null total: Redis is unavailable. */
+record Counts(Long total, Map<String, Long> byInstance) {
+    static final Counts UNKNOWN = new Counts(null, Map.of());
+}
+
+/**
+ * A position in the order of events: by the transaction that stored the message, then by id; a transactional outbox
+ * with PostgreSQL's xid8 as its order. Ids alone are assigned before the commit and promise no order. It is always the
+ * position of a message, or {@code 0-0}: after a failover, a transaction's number may be used again. As text,
+ * {@code 7421-88}, it is the id of an event.
+ */
+record Cursor(long tx, long id) implements Comparable<Cursor> {
+    static final Cursor EARLIEST = new Cursor(0, 0);
+    private static final Pattern TEXT = Pattern.compile("([0-9]{1,18})-([0-9]{1,18})");
+
+    /**
+     * {@code 0} is before all. Null if it is no cursor, as the plain id of a message: a transaction that is still open
+     * may store a message with a smaller id, which comes after it.
+     */
+    static Cursor parse(String text) {
+        if (text.equals("0")) return EARLIEST;
+        Matcher matcher = TEXT.matcher(text);
+        if (!matcher.matches()) return null;
+        return new Cursor(Long.parseLong(matcher.group(1)), Long.parseLong(matcher.group(2)));
+    }
+
+    @Override public int compareTo(Cursor other) {
+        return tx != other.tx ? Long.compare(tx, other.tx) : Long.compare(id, other.id);
+    }
+
+    @Override public String toString() { return tx + "-" + id; }
+}
+
+/** At most {@code limit} events after a cursor; null: the position of now. {@code reconnects}: a backlog is limited. */
+record EventQuery(Cursor after, int limit, boolean reconnects) {}
+
+/**
+ * The first events after a cursor, in their order and without a gap.
+ *
+ * @param start         the cursor of the query, or the position of now
+ * @param isComplete    false if more may follow at once
+ * @param isCursorValid false if the backlog is too long, or no message has this cursor: another database was restored
+ */
+record EventPage(Cursor start, List<Event> events, boolean isComplete, boolean isCursorValid) {
+    record Event(Cursor cursor, Message message) {}
+}
+
+/** The messages in PostgreSQL, a batch at a time: one statement stores all that wait, one reads all pages. */
+final class Messages {
+    private static final String SCHEMA = Config.resource("/init.sql");
+    private static final String MICROS = "(extract(epoch FROM created_at) * 1000000)::bigint";
+    /**
+     * New rows and those stored before under the same key. The statement writes to the row in either case, so that in
+     * either case its commit waits for the disk (and for a synchronous standby): a row that is visible may not be
+     * durable yet. Sorted by key, so that two instances lock rows in one order.
+     */
+    private static final String SAVE = """
+            WITH durable AS (SELECT set_config('synchronous_commit', 'on', true),
+                                    set_config('client_min_messages', 'warning', true)) -- see requireStandby
+            INSERT INTO messages (author, body, instance, request_key)
+            SELECT author, body, ?, request_key
+            FROM durable, unnest(?::text[], ?::text[], ?::text[]) AS new (author, body, request_key)
+            ON CONFLICT (request_key) DO UPDATE SET request_key = EXCLUDED.request_key
+            RETURNING id, %s, CASE WHEN xmax <> 0 THEN author END, CASE WHEN xmax <> 0 THEN body END, instance,
+                      request_key""".formatted(MICROS);
+    /** The position of the last message that none can precede any more, because no older transaction is open. */
+    private static final String HIGH_WATER_MARK = """
+            SELECT tx::text || '-' || id FROM messages WHERE tx < pg_snapshot_xmin(pg_current_snapshot())
+            ORDER BY tx DESC, id DESC LIMIT 1""";
+    private static final String PAGES = """
+            SELECT message.id, %s, author, body, instance, query.n, (%s)
+            FROM unnest(?::bigint[], ?::bigint[]) WITH ORDINALITY AS query (before, size, n)
+            LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < query.before
+                               ORDER BY id DESC LIMIT query.size) AS message ON true
+            ORDER BY query.n, message.id DESC""".formatted(MICROS, HIGH_WATER_MARK);
+    /** The messages after a cursor up to the high-water mark, and whether the cursor is one of this database. */
+    private static final String EVENTS = """
+            SELECT message.id, %s, author, body, instance, message.tx::text,
+                   query.id = 0 AND query.tx = '0'
+                       OR EXISTS (SELECT FROM messages WHERE id = query.id AND messages.tx = query.tx)
+            FROM (VALUES (?::text::xid8, ?::bigint)) AS query (tx, id)
+            LEFT JOIN LATERAL (SELECT * FROM messages
+                               WHERE (messages.tx, messages.id) > (query.tx, query.id)
+                                 AND messages.tx < pg_snapshot_xmin(pg_current_snapshot())
+                               ORDER BY messages.tx, messages.id LIMIT ?) AS message ON true
+            ORDER BY message.tx, message.id""".formatted(MICROS); // `tx` alone is the text: 10 before 9
+    /** A subscriber that reconnects gets a backlog of as many events; beyond, a gap. */
+    private static final String BACKLOG_EXCEEDED = """
+            SELECT EXISTS (SELECT FROM messages WHERE (tx, id) > (?::text::xid8, ?)
+                           AND tx < pg_snapshot_xmin(pg_current_snapshot()) OFFSET 50000)""";
+    /**
+     * A commit that waits for a standby has no time limit, and does not notice that its client has left. One more for
+     * each try, and soon PostgreSQL would have no connection left; so this instance waits for its own, and for those of
+     * its predecessor of the same name.
+     */
+    private static final String COMMIT_WAITS = """
+            SELECT EXISTS (SELECT FROM pg_stat_activity
+                           WHERE wait_event = 'SyncRep' AND query_start < clock_timestamp() - interval '1 second'
+                           AND usename = current_user AND application_name = current_setting('application_name'))""";
+    /** 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
+    private static final int MAX_ROWS = 200;
+    /** A batch with a rejected message is tried again in halves for as long; other requests wait meanwhile. */
+    private static final long SPLIT_NANOS = 300_000_000;
+
+    private final String instance;
+    private final Store<Connection>.Session forWrites, forReads, forEvents, forProbes;
+
+    Messages(Postgres postgres, String instance) {
+        this.instance = instance;
+        forWrites = postgres.session(Messages::requireNoStuckCommit);
+        forReads = postgres.session(connection -> null);
+        forEvents = postgres.session(connection -> null);
+        forProbes = postgres.session(Messages::ensureSchema);
+    }
+
+    /** Makes sure of the schema on a new connection; returns the high-water mark. */
+    Cursor probe() throws Exception { return forProbes.attempt(Messages::highWaterMark); }
+
+    private static Cursor highWaterMark(Connection connection) throws SQLException {
+        try (var select = connection.prepareStatement(HIGH_WATER_MARK); ResultSet row = select.executeQuery()) {
+            return row.next() ? Cursor.parse(row.getString(1)) : Cursor.EARLIEST;
+        }
+    }
+
+    /** Creates the table where there is none, however long that takes; one instance after the other. */
+    private static Void ensureSchema(Connection connection) throws SQLException {
+        if (!isTrue(connection, "SELECT to_regclass('messages') IS NOT NULL")) {
+            exclusively(connection, SCHEMA);
+            Log.info("schema_created");
+        } else if (!isTrue(connection, "SELECT EXISTS (SELECT FROM pg_attribute WHERE "
+                + "attrelid = to_regclass('messages') AND attname = 'tx' AND atttypid = 'xid8'::regtype)"))
+            throw new SQLException("its table \"messages\" is another program's: DB_NAME needs another database",
+                    "42P07");
+        // Rows restored from another server's dump have its transactions, which may lie in the future of this one.
+        String future = "tx >= pg_snapshot_xmax(pg_current_snapshot())";
+        if (isTrue(connection, "SELECT EXISTS (SELECT FROM messages WHERE " + future + ")"))
+            exclusively(connection, "UPDATE messages SET tx = '0' WHERE " + future);
+        return null;
+    }
+
+    private static void exclusively(Connection connection, String sql) throws SQLException {
+        int before = connection.getNetworkTimeout();
+        connection.setNetworkTimeout(Runnable::run, 600_000);
+        try (var statement = connection.createStatement()) {
+            statement.execute("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 900;"
+                    + "SELECT pg_advisory_xact_lock(3); " + sql + "; COMMIT");
+        }
+        connection.setNetworkTimeout(Runnable::run, before);
+    }
+
+    static Void requireNoStuckCommit(Connection connection) throws SQLException {
+        if (isTrue(connection, COMMIT_WAITS)) throw new SQLException("a commit still waits for a standby", "55000");
+        return null;
+    }
+
+    private static boolean isTrue(Connection connection, String sql) throws SQLException {
+        try (var statement = connection.createStatement(); ResultSet row = statement.executeQuery(sql)) {
+            return row.next() && row.getBoolean(1);
+        }
+    }
+
+    /**
+     * Stores new messages; finds those stored before under the same key. Durable when it returns. A message that
+     * PostgreSQL rejects, by a trigger or a policy, costs no other one: halves of the batch are tried again.
+     */
+    List<SaveResult> save(List<SaveRequest> batch) throws InterruptedException {
+        return saveOrSplit(batch, System.nanoTime() + SPLIT_NANOS);
+    }
+
+    private List<SaveResult> saveOrSplit(List<SaveRequest> batch, long deadline) throws InterruptedException {
+        try {
+            return forWrites.run(connection -> save(connection, batch));
+        } catch (StoreException rejection) {
+            if (rejection.isUnavailable()) throw rejection;
+            if (batch.size() == 1 || System.nanoTime() > deadline)
+                return Collections.nCopies(batch.size(), new SaveResult(null, null, false, rejection));
+            WouldBlock.requireBlockingThread();
+            int half = batch.size() / 2;
+            List<SaveResult> results = new ArrayList<>(saveOrSplit(batch.subList(0, half), deadline));
+            results.addAll(saveOrSplit(batch.subList(half, batch.size()), deadline));
+            return results;
+        }
+    }
+
+    private List<SaveResult> save(Connection connection, List<SaveRequest> batch) throws SQLException {
+        TreeMap<String, SaveRequest> byKey = new TreeMap<>();
+        for (SaveRequest request : batch) byKey.putIfAbsent(request.key().stored(), request);
+        Map<String, SaveResult> stored = insert(connection, byKey);
+        List<SaveResult> results = new ArrayList<>(batch.size());
+        for (SaveRequest request : batch) {
+            SaveResult first = stored.get(request.key().stored());
+            if (first == null) throw new SQLException("a trigger has left out a row", "09000");
+            boolean isFirst = byKey.get(request.key().stored()) == request && !first.isReplay();
+            boolean isReplay = !isFirst && request.key().fromClient();
+            results.add(new SaveResult(first.message(), request.message(), isReplay, null));
+        }
+        return results;
+    }
+
+    private Map<String, SaveResult> insert(Connection connection, TreeMap<String, SaveRequest> byKey)
+            throws SQLException {
+        try (PreparedStatement insert = connection.prepareStatement(SAVE)) {
+            insert.setString(1, instance);
+            insert.setObject(2, byKey.values().stream().map(one -> one.message().author()).toArray(String[]::new));
+            insert.setObject(3, byKey.values().stream().map(one -> one.message().body()).toArray(String[]::new));
+            insert.setObject(4, byKey.keySet().toArray(String[]::new));
+            Map<String, SaveResult> stored = new HashMap<>();
+            try (ResultSet row = insert.executeQuery()) {
+                while (row.next()) {
+                    NewMessage sent = byKey.get(row.getString(6)).message();
+                    boolean isNew = row.getString(3) == null;
+                    stored.put(row.getString(6), new SaveResult(!isNew ? message(row) : new Message(row.getLong(1),
+                            sent.author(), sent.body(), instance, time(row.getLong(2))), sent, !isNew, null));
+                }
+            }
+            requireStandby(insert.getWarnings());
+            return stored;
+        }
+    }
+
+    /**
+     * Fails if the commit did not wait for the standby that it has to reach. The warning has no SQLSTATE of its own,
+     * only the name of the routine that raises it (PostgreSQL's syncrep.c).
+     */
+    private static void requireStandby(SQLWarning first) throws SQLWarning {
+        for (SQLWarning warning = first; warning != null; warning = warning.getNextWarning())
+            if (warning instanceof PSQLWarning remark
+                    && "SyncRepWaitForLSN".equals(remark.getServerErrorMessage().getRoutine())) throw warning;
+    }
+
+    /** Answers the first queries, as many as {@link #MAX_ROWS} allows; each sees all that was acknowledged before. */
+    List<MessagePage> pages(List<PageQuery> batch) throws InterruptedException {
+        Set<PageQuery> distinct = new LinkedHashSet<>();
+        int rows = 0, answered = 0;
+        for (PageQuery query : batch) {
+            if (!distinct.contains(query) && (rows += query.limit()) > MAX_ROWS) break;
+            distinct.add(query);
+            answered++;
+        }
+        Map<PageQuery, MessagePage> pages = forReads.run(connection -> read(connection, List.copyOf(distinct)));
+        return batch.subList(0, answered).stream().map(pages::get).toList();
+    }
+
+    private static Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries)
+            throws SQLException {
+        List<List<Message>> found = Stream.generate(() -> (List<Message>) new ArrayList<Message>())
+                .limit(queries.size()).toList();
+        String mark = null; // equal in every row
+        try (PreparedStatement select = connection.prepareStatement(PAGES)) {
+            select.setObject(1, queries.stream().mapToLong(PageQuery::before).toArray());
+            // One more than the limit, to know whether older ones follow.
+            select.setObject(2, queries.stream().mapToLong(query -> query.limit() + 1L).toArray());
+            try (ResultSet rows = select.executeQuery()) {
+                while (rows.next()) {
+                    mark = rows.getString(7);
+                    if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
+                }
+            }
+        }
+        Cursor cursor = mark == null ? Cursor.EARLIEST : Cursor.parse(mark);
+        Map<PageQuery, MessagePage> pages = new HashMap<>();
+        for (int i = 0; i < queries.size(); i++)
+            pages.put(queries.get(i), MessagePage.of(queries.get(i), found.get(i), cursor));
+        return pages;
+    }
+
+    EventPage eventsAfter(EventQuery query) throws InterruptedException {
+        return forEvents.run(connection -> {
+            if (query.after() == null) return new EventPage(highWaterMark(connection), List.of(), true, true);
+            if (query.reconnects() && backlogExceeded(connection, query.after()))
+                return new EventPage(query.after(), List.of(), true, false);
+            return read(connection, query);
+        });
+    }
+
+    private static boolean backlogExceeded(Connection connection, Cursor after) throws SQLException {
+        try (PreparedStatement select = connection.prepareStatement(BACKLOG_EXCEEDED)) {
+            select.setString(1, Long.toString(after.tx()));
+            select.setLong(2, after.id());
+            try (ResultSet row = select.executeQuery()) { return row.next() && row.getBoolean(1); }
+        }
+    }
+
+    private static EventPage read(Connection connection, EventQuery query) throws SQLException {
+        try (PreparedStatement select = connection.prepareStatement(EVENTS)) {
+            select.setString(1, Long.toString(query.after().tx()));
+            select.setLong(2, query.after().id());
+            select.setInt(3, query.limit());
+            List<EventPage.Event> events = new ArrayList<>();
+            boolean isValid = true;
+            try (ResultSet rows = select.executeQuery()) {
+                while (rows.next()) {
+                    isValid = rows.getBoolean(7);
+                    if (rows.getString(6) == null) continue; // the one row that stands for none
+                    events.add(new EventPage.Event(new Cursor(Long.parseLong(rows.getString(6)), rows.getLong(1)),
+                            message(rows)));
+                }
+            }
+            return new EventPage(query.after(), events, events.size() < query.limit(), isValid);
+        }
+    }
+
+    private static Message message(ResultSet row) throws SQLException {
+        return new Message(row.getLong(1), row.getString(3), row.getString(4), row.getString(5), time(row.getLong(2)));
+    }
+
+    private static Instant time(long micros) { return Instant.EPOCH.plus(micros, ChronoUnit.MICROS); }
+}
+
+/** The visit counters in Redis. Every instance uses the same keys. */
+final class Counters {
+    private static final String TOTAL = "visits:total";
+    /** Hash-tagged with the other key's name: both share a slot, as a Redis Cluster requires of one script. */
+    private static final String BY_INSTANCE = "{visits:total}:by-instance";
+
+    // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
+    private static final String COUNT = """
+            redis.call('HINCRBY', KEYS[2], ARGV[1], ARGV[2])
+            return redis.call('INCRBY', KEYS[1], ARGV[2])""";
+    private static final String READ = "return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2])}";
+    /**
+     * Adds up the counts of instances that have left as one number: names of containers come and go, and would be kept
+     * for ever. ARGV: the names of the instances that live, and last the name for all others.
+     */
+    private static final String COMPACT = """
+            local lives = {}
+            for i = 1, #ARGV do lives[ARGV[i]] = true end
+            local names = redis.call('HKEYS', KEYS[1])
+            for i = 1, #names do
+              if not lives[names[i]] then
+                redis.call('HINCRBY', KEYS[1], ARGV[#ARGV], redis.call('HGET', KEYS[1], names[i]))
+                redis.call('HDEL', KEYS[1], names[i])
+              end
+            end""";
+    private static final String EARLIER = "earlier instances";
+    private static final long COMPACT_NANOS = 10_000_000_000L;
+
+    private final Redis redis;
+    private final String instance;
+    private final Store<Jedis>.Session forVisits, forReads, forPolls;
+    private long compacted = System.nanoTime() - COMPACT_NANOS;
+
+    Counters(Redis redis, String instance) {
+        this.redis = redis;
+        this.instance = instance;
+        forVisits = redis.session(connection -> null);
+        forReads = redis.session(connection -> null);
+        forPolls = redis.session(connection -> null);
+    }
+
+    /** Counts so many visits of this instance at once; returns their numbers, each unique. */
+    List<Long> count(int visits) throws InterruptedException {
+        long last = forVisits.run(connection -> {
+            Object counted = connection.eval(COUNT, List.of(TOTAL, BY_INSTANCE),
+                    List.of(instance, Integer.toString(visits)));
+            redis.requireReplicas(connection);
+            return (Long) counted;
+        });
+        return LongStream.rangeClosed(last - visits + 1, last).boxed().toList();
+    }
+
+    Counts read() throws InterruptedException { return read(forReads); }
+
+    /** The same for the watcher, on a session of its own: no request waits for it. */
+    Counts poll() throws InterruptedException { return read(forPolls); }
+
+    private static Counts read(Store<Jedis>.Session session) throws InterruptedException {
+        return session.run(connection -> {
+            List<?> found = (List<?>) connection.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of());
+            Map<String, Long> byInstance = new TreeMap<>();
+            List<?> pairs = (List<?>) found.get(1);
+            for (int i = 0; i + 1 < pairs.size(); i += 2)
+                byInstance.put((String) pairs.get(i), Long.valueOf((String) pairs.get(i + 1)));
+            return new Counts(found.get(0) == null ? 0L : Long.parseLong((String) found.get(0)), byInstance);
+        });
+    }
+
+    /** @param living the names of all instances of the last minute; empty if they are not known */
+    void compact(Set<String> living) throws InterruptedException {
+        if (living.isEmpty() || System.nanoTime() - compacted < COMPACT_NANOS) return;
+        compacted = System.nanoTime();
+        forPolls.run(connection -> connection.eval(COMPACT, List.of(BY_INSTANCE),
+                Stream.concat(living.stream(), Stream.of(EARLIER)).toList()));
+    }
+}
+
+/**
+ * What an instance publishes of itself, and what the others make of its silence.
+ *
+ * @param since             when it started, ISO 8601
+ * @param requestsPerSecond in its last second; null if unknown
+ */
+record InstanceStatus(String instance, String state, String since, String version, Long requestsPerSecond) {
+    static final String READY = "ready", DEGRADED = "degraded", DRAINING = "draining", SILENT = "silent",
+            GONE = "gone", UNKNOWN = "unknown";
+    private static final Set<String> PUBLISHED = Set.of(READY, DEGRADED, DRAINING, GONE);
+    /** web2 before web10. */
+    static final Comparator<String> BY_NAME =
+            Comparator.comparing(String::length).thenComparing(Comparator.naturalOrder());
+
+    /** Whether an instance can have published it. */
+    boolean isValid() {
+        return instance != null && instance.matches(Config.INSTANCE) && PUBLISHED.contains(String.valueOf(state))
+                && started() != null && version != null;
+    }
+
+    /** {@code since} as a time; null if it is none. */
+    Instant started() {
+        try {
+            return since == null ? null : Instant.parse(since);
+        } catch (DateTimeParseException e) { return null; }
+    }
+
+    InstanceStatus as(String state) { return new InstanceStatus(instance, state, since, version, null); }
+
+    String json() { return Json.of(this); }
+}
+
+/**
+ * The instances. Twice a second each publishes a heartbeat through Redis, which stores none of it; all receive the
+ * same heartbeats, so all give the same list. An instance without heartbeats is silent, then gone, then forgotten.
+ *
+ * <p>An instance is identified by its name and its start: in a rolling update the old and the new one share a name.
+ */
+final class Membership implements AutoCloseable {
+    private static final long SILENT_MILLIS = 1_400, GONE_MILLIS = 10_000, FORGOTTEN_MILLIS = 60_000;
+    /** Any program that may use Redis can publish: more or longer heartbeats are no instance's. */
+    private static final int MAX_INSTANCES = 1_000, MAX_LENGTH = 400;
+
+    private record Start(String instance, Instant started) {}
+    private record Heartbeat(InstanceStatus status, long at) {}
+
+    private final Redis redis;
+    private final String channel;
+    private final Store<Jedis>.Session session;
+    private final Map<Start, Heartbeat> heartbeats = new ConcurrentHashMap<>();
+    private volatile boolean subscribed, closed;
+    private volatile long subscribedSince; // no heartbeat can have arrived before
+    private volatile Jedis subscription;
+
+    Membership(Redis redis) {
+        this.redis = redis;
+        channel = "threefold:instances:" + redis.database();
+        session = redis.session(connection -> null);
+    }
+
+    void start() { Thread.ofPlatform().name("membership").daemon().start(this::listen); }
+
+    private static long now() { return System.nanoTime() / 1_000_000; }
+
+    /** Publishes that this instance lives; fails if Redis is no primary, which would publish all the same. */
+    void heartbeat(InstanceStatus status) throws Exception {
+        session.attempt(connection -> {
+            redis.requirePrimary(connection);
+            return connection.publish(channel, status.json());
+        });
+    }
+
+    /** The last heartbeat of an instance that stops. */
+    void deregister(InstanceStatus status) throws InterruptedException {
+        session.run(connection -> connection.publish(channel, status.as(InstanceStatus.GONE).json()));
+    }
+
+    /** The own heartbeat arrives twice a second, so a read that times out proves that the subscription is dead. */
+    private void listen() {
+        JedisPubSub subscriber = new JedisPubSub() {
+            @Override public void onSubscribe(String name, int count) { setSubscribed(true); }
+            @Override public void onMessage(String name, String json) { onHeartbeat(json); }
+        };
+        while (!closed) {
+            try (Jedis connection = redis.connect()) {
+                subscription = connection;
+                connection.subscribe(subscriber, channel);
+            } catch (JedisException unavailable) { // the watcher logs it
+            } catch (RuntimeException e) { // nothing may end the thread
+                Log.warn("internal_error", "thread", "membership", "reason", Log.reason(e));
+            }
+            setSubscribed(false);
+            LockSupport.parkNanos(250_000_000);
+        }
+    }
+
+    void setSubscribed(boolean begun) {
+        subscribedSince = now();
+        subscribed = begun;
+    }
+
+    /** Takes a heartbeat; ignores what is none. */
+    void onHeartbeat(String json) {
+        InstanceStatus status = json.length() > MAX_LENGTH ? null : Json.read(json, InstanceStatus.class);
+        if (status == null || !status.isValid()) return;
+        Start start = new Start(status.instance(), status.started());
+        if (heartbeats.size() < MAX_INSTANCES || heartbeats.containsKey(start))
+            heartbeats.put(start, new Heartbeat(status, now()));
+    }
+
+    /** All, by name. */
+    List<InstanceStatus> all() {
+        heartbeats.values().removeIf(last -> subscribed && silence(last) > FORGOTTEN_MILLIS);
+        Map<String, InstanceStatus> byName = new TreeMap<>(InstanceStatus.BY_NAME);
+        for (Heartbeat last : heartbeats.values())
+            byName.merge(last.status.instance(), statusOf(last), Membership::successor);
+        return List.copyOf(byName.values());
+    }
+
+    /** Of two with one name: the younger, unless it is gone. */
+    private static InstanceStatus successor(InstanceStatus one, InstanceStatus other) {
+        boolean oneIsGone = one.state().equals(InstanceStatus.GONE);
+        if (oneIsGone != other.state().equals(InstanceStatus.GONE)) return oneIsGone ? other : one;
+        return one.started().isAfter(other.started()) ? one : other;
+    }
+
+    private InstanceStatus statusOf(Heartbeat last) {
+        boolean isEarlier = last.at < subscribedSince && silence(last) <= SILENT_MILLIS;
+        if (!subscribed || isEarlier) return last.status.as(InstanceStatus.UNKNOWN);
+        if (last.status.state().equals(InstanceStatus.GONE) || silence(last) > GONE_MILLIS)
+            return last.status.as(InstanceStatus.GONE);
+        return silence(last) > SILENT_MILLIS ? last.status.as(InstanceStatus.SILENT) : last.status;
+    }
+
+    private long silence(Heartbeat last) { return now() - Math.max(last.at, subscribedSince); }
+
+    /** The names of the last minute; empty while there was no subscription for so long. */
+    Set<String> recentNames() {
+        if (!subscribed || now() - subscribedSince <= FORGOTTEN_MILLIS) return Set.of();
+        return all().stream().map(InstanceStatus::instance).collect(Collectors.toSet());
+    }
+
+    @Override public void close() {
+        closed = true;
+        if (subscription != null) subscription.close();
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------- 5 Batcher
+
+/**
+ * Group commit: makes one batch of the requests that arrive while another batch runs. An idle service runs a batch of
+ * one at once; no request waits for a timer or for a batch to fill.
+ *
+ * <p>While batches are quick, the I/O thread that has read the requests runs them inline, without blocking: handing
+ * work to another thread costs more than most batches. After a slow or failed batch, or where one would block, the
+ * batcher's own thread takes over, so that a slow store delays only the requests that need it.
+ */
+final class Batcher<Q, A> implements AutoCloseable {
+    /**
+     * Answers a batch in its order, or as many of its first as it can at once, but one at least; the others come again.
+     * Runs on I/O threads and on the batcher's own, one batch at a time.
+     */
+    interface Work<Q, A> { List<A> run(List<Q> batch) throws Exception; }
+
+    /** As many requests wait as may: backpressure instead of an endless queue. */
+    @SuppressWarnings("serial") // never serialized
+    static final class Overloaded extends RuntimeException {
+        Overloaded() { super("too many requests are waiting", null, false, false); }
+    }
+
+    /** @param ioThread where to complete the result; null: anywhere */
+    private record Pending<Q, A>(Q question, Executor ioThread, CompletableFuture<A> result) {}
+
+    private static final int CAPACITY = 1_024;
+    /** A batch on an I/O thread may last as long; with 10 ms, a busy machine made one of twenty seem slow. */
+    private static final long QUICK_NANOS = 25_000_000;
+
+    private final BlockingDeque<List<Pending<Q, A>>> queue = new LinkedBlockingDeque<>();
+    private final Semaphore batchesInFlight = new Semaphore(2); // of the own thread: until all results are complete
+    private final Map<Executor, List<Pending<Q, A>>> pendingByIoThread = new ConcurrentHashMap<>();
+    private final AtomicInteger waiting = new AtomicInteger();
+    private final ReentrantLock batchLock = new ReentrantLock();
+    private volatile boolean runInline; // not the first batch, which opens a connection
+    private final String name;
+    private final Work<Q, A> work;
+    private final IntConsumer sizes;
+    private final Thread thread;
+
+    Batcher(String name, Metrics metrics, Work<Q, A> work) {
+        this.name = name;
+        this.work = work;
+        sizes = metrics.batchSizes(name);
+        thread = Thread.ofPlatform().name(name).daemon().start(this::run);
+    }
+
+    /**
+     * For an I/O thread; never blocks. All that the thread reads in one turn goes into one batch, when the turn ends.
+     *
+     * @return completed on that thread; fails with {@link Overloaded} at once
+     */
+    CompletableFuture<A> submit(Q question, Executor ioThread) {
+        CompletableFuture<A> result = new CompletableFuture<>();
+        if (!admit()) return CompletableFuture.failedFuture(new Overloaded());
+        List<Pending<Q, A>> turn = pendingByIoThread.computeIfAbsent(ioThread, io -> new ArrayList<>());
+        turn.add(new Pending<>(question, ioThread, result));
+        if (turn.size() == 1) ioThread.execute(() -> endTurn(turn, ioThread));
+        return result;
+    }
+
+    /** For a thread that may block. */
+    A call(Q question) throws InterruptedException {
+        if (!admit()) throw new Overloaded();
+        CompletableFuture<A> result = new CompletableFuture<>();
+        queue.add(List.of(new Pending<>(question, null, result)));
+        try {
+            return result.get();
+        } catch (ExecutionException e) { throw e.getCause() instanceof RuntimeException cause ? cause
+                : new IllegalStateException(e.getCause()); }
+    }
+
+    private boolean admit() {
+        if (waiting.incrementAndGet() <= CAPACITY) return true;
+        waiting.decrementAndGet();
+        return false;
+    }
+
+    private void endTurn(List<Pending<Q, A>> turn, Executor ioThread) {
+        List<Pending<Q, A>> batch = List.copyOf(turn);
+        turn.clear();
+        boolean othersWait = !queue.isEmpty() || batchLock.hasQueuedThreads();
+        if (runInline && !othersWait && batchLock.tryLock()) runBatch(batch, ioThread);
+        else queue.add(batch);
+    }
+
+    private void run() {
+        while (!Thread.currentThread().isInterrupted())
+            try {
+                batchesInFlight.acquire();
+                List<Pending<Q, A>> batch = new ArrayList<>(queue.take());
+                batchLock.lock();
+                for (List<Pending<Q, A>> more; (more = queue.poll()) != null; ) batch.addAll(more);
+                runBatch(batch, null);
+            } catch (InterruptedException closed) {
+                return;
+            } catch (Throwable e) { // nothing may end the thread: later requests would wait for ever
+                batchesInFlight.release();
+                Log.warn("internal_error", "batcher", name, "reason", Log.reason(e));
+            }
+    }
+
+    /** @param inline the I/O thread that runs it; null: the batcher's own thread */
+    private void runBatch(List<Pending<Q, A>> batch, Executor inline) {
+        waiting.addAndGet(-batch.size());
+        List<A> answers = null;
+        Throwable failure = null;
+        long began = System.nanoTime();
+        try {
+            List<Q> questions = batch.stream().map(Pending::question).toList();
+            answers = inline == null ? work.run(questions) : WouldBlock.whileForbidden(() -> work.run(questions));
+        } catch (Throwable e) {
+            failure = e;
+        } finally {
+            runInline = failure == null && System.nanoTime() - began < QUICK_NANOS;
+            batchLock.unlock();
+        }
+        int answered = failure instanceof WouldBlock ? 0 : failure != null ? batch.size() : answers.size();
+        if (answered < batch.size()) {
+            waiting.addAndGet(batch.size() - answered);
+            queue.addFirst(batch.subList(answered, batch.size()));
+        }
+        if (answered == 0) return;
+        sizes.accept(answered);
+        complete(batch.subList(0, answered), answers, failure, inline);
+    }
+
+    /** Wakes each I/O thread once for all of its results. */
+    private void complete(List<Pending<Q, A>> batch, List<A> answers, Throwable failure, Executor inline) {
+        Map<Executor, List<Runnable>> byThread = new HashMap<>();
+        for (int i = 0; i < batch.size(); i++) {
+            CompletableFuture<A> result = batch.get(i).result;
+            A answer = answers == null ? null : answers.get(i);
+            Executor thread = batch.get(i).ioThread == null ? Runnable::run : batch.get(i).ioThread;
+            byThread.computeIfAbsent(thread, io -> new ArrayList<>()).add(failure == null
+                    ? () -> result.complete(answer) : () -> result.completeExceptionally(failure));
+        }
+        AtomicInteger left = new AtomicInteger(byThread.size());
+        byThread.forEach((thread, completions) -> {
+            Runnable all = () -> {
+                completions.forEach(Runnable::run);
+                if (left.decrementAndGet() == 0 && inline == null) batchesInFlight.release();
+            };
+            if (thread == inline) all.run();
+            else thread.execute(all);
+        });
+    }
+
+    @Override public void close() { thread.interrupt(); }
+}
+
+// ------------------------------------------------------------------------------------------------------ 6 Stores
+
+/** A batch would block an I/O thread: the batcher's own thread runs it instead. */
+@SuppressWarnings("serial") // never serialized
+final class WouldBlock extends RuntimeException {
+    private static final ThreadLocal<Boolean> FORBIDDEN = ThreadLocal.withInitial(() -> false);
+
+    private WouldBlock() { super("on an I/O thread", null, false, false); }
+
+    static <T> T whileForbidden(Callable<T> work) throws Exception {
+        FORBIDDEN.set(true);
+        try {
+            return work.call();
+        } finally { FORBIDDEN.set(false); }
+    }
+
+    /** To be called before whatever may take longer than a quick statement, such as opening a connection. */
+    static void requireBlockingThread() { if (FORBIDDEN.get()) throw new WouldBlock(); }
+}
+
+/** A store is unavailable, or rejected this request alone. */
+@SuppressWarnings("serial") // never serialized
+final class StoreException extends RuntimeException {
+    private final boolean isUnavailable;
+
+    StoreException(String store, boolean isUnavailable, Throwable cause) {
+        super(store + (isUnavailable ? " is unavailable" : " rejected the request"), cause, false, false);
+        this.isUnavailable = isUnavailable;
+    }
+
+    boolean isUnavailable() { return isUnavailable; }
+}
+
+/**
+ * A store's health, and its sessions. A watcher probes it several times a second, and requests report failures: while
+ * it is down (circuit open), requests fail at once.
+ *
+ * <p>Only an outage is a failure of the server. What it rejects (a password, a right, a statement) costs the request or
+ * the connection that it rejected, and no other.
+ *
+ * @param <C> a connection
+ */
+abstract class Store<C> implements AutoCloseable {
+    interface Work<C, T> { T with(C connection) throws Exception; }
+    interface Probe { void run() throws Exception; }
+    interface Step { void run() throws InterruptedException; }
+
+    /** {@code REFUSED}: the server answers, but not to the watcher. Requests may fare better, so they try. */
+    private enum State { UNKNOWN, UP, REFUSED, DOWN }
+
+    /** A server that is back is noticed within this time, for which requests wait while it is down. */
+    private static final int RETURN_MILLIS = 250;
+    /** The first probe may have to create the schema. */
+    private static final int FIRST_MILLIS = 900;
+
+    private final String name, title;
+    private final List<Session> sessions = new CopyOnWriteArrayList<>();
+    private volatile State state = State.UNKNOWN;
+    private volatile boolean hasBeenUp;
+    private volatile int generation;
+    private boolean suspected; // by a request: the watcher probes at once
+    private boolean confirmed; // by the watcher: the server was down
+    private Thread watcher;
+
+    Store(String name, String title) {
+        this.name = name;
+        this.title = title;
+    }
+
+    /** Opens a connection that can be used at once; fails within seconds. */
+    abstract C connect() throws Exception;
+
+    abstract void disconnect(C connection) throws Exception;
+
+    /** Whether a failure is one of the server, not of a statement or a connection. */
+    abstract boolean isOutage(Throwable failure);
+
+    /** Whether another connection may do what this one failed to do. */
+    abstract boolean isLost(Exception failure);
+
+    /** Whether work whose connection was lost may be repeated on another one. */
+    abstract boolean mayRepeat();
+
+    /** Called before a connection is used that was idle for a second. */
+    void checkIdle(C connection) {}
+
+    boolean isUp() { return state == State.UP; }
+    boolean hasBeenUp() { return hasBeenUp; }
+    String state() { return state.name().toLowerCase(Locale.ROOT); }
+
+    /** @param prepare run on each new connection, before any work */
+    Session session(Work<C, Void> prepare) {
+        Session session = new Session(prepare);
+        sessions.add(session);
+        return session;
+    }
+
+    /**
+     * Starts the watcher.
+     *
+     * @param probe      finds out whether the store is available; on a session's {@link Session#attempt}
+     * @param afterwards what else to do each time; its failures say nothing about the store
+     */
+    void watch(int periodMillis, Probe probe, Step afterwards) {
+        watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
+            try {
+                for (; ; pause(periodMillis)) {
+                    look(probe);
+                    try {
+                        afterwards.run();
+                    } catch (StoreException logged) { /* by the session */ }
+                }
+            } catch (InterruptedException closed) { /* stopWatching() */ }
+        });
+    }
+
+    void stopWatching() { if (watcher != null) watcher.interrupt(); }
+
+    private synchronized void pause(int millis) throws InterruptedException {
+        if (!suspected) wait(state == State.DOWN ? 100 : millis);
+        suspected = false;
+    }
+
+    private void look(Probe probe) throws InterruptedException {
+        try {
+            probe.run();
+            markUp();
+        } catch (InterruptedException e) {
+            throw e;
+        } catch (Throwable e) { // nothing may end the watcher
+            boolean outage = isOutage(e);
+            confirmed |= outage; // also if the server is back and refuses the watcher at first
+            changeTo(outage ? State.DOWN : State.REFUSED, e);
+        }
+    }
+
+    private synchronized void markUp() {
+        if (confirmed) generation++;
+        confirmed = false;
+        changeTo(State.UP, null);
+    }
+
+    /** One connection's error may be its own, so the watcher probes at once. */
+    private synchronized void markDown(Throwable why) {
+        suspected = true;
+        changeTo(State.DOWN, why);
+        notifyAll();
+    }
+
+    private synchronized void changeTo(State next, Throwable why) {
+        if (next == state) return;
+        if (why == null) Log.info("store_available", "store", name);
+        else Log.warn(next == State.DOWN ? "store_unavailable" : "store_refused", "store", name,
+                "reason", Log.reason(why));
+        hasBeenUp |= next == State.UP;
+        state = next;
+        notifyAll();
+    }
+
+    /** Waits for the first probe; and while the store is down, for the next: it may be back. */
+    private boolean awaitUp() throws InterruptedException {
+        boolean isNew = state == State.UNKNOWN && watcher != null;
+        if (!isNew && state != State.DOWN) return true;
+        WouldBlock.requireBlockingThread();
+        synchronized (this) {
+            if (isNew ? state == State.UNKNOWN : state == State.DOWN) wait(isNew ? FIRST_MILLIS : RETURN_MILLIS);
+        }
+        return state != State.DOWN;
+    }
+
+    private StoreException failed(Exception why) {
+        boolean outage = isOutage(why);
+        if (outage) markDown(why);
+        else Log.warn("statement_refused", "store", name, "reason", Log.reason(why));
+        return new StoreException(title, outage, why);
+    }
+
+    @Override public void close() {
+        stopWatching();
+        sessions.forEach(Session::close);
+    }
+
+    /** One connection for one thread at a time, opened when first needed and again after it was lost. */
+    final class Session implements AutoCloseable {
+        private static final long REFUSAL_NANOS = 1_000_000_000, IDLE_NANOS = 1_000_000_000;
+
+        private final Work<C, Void> prepare;
+        private volatile C connection;
+        private int openedIn; // the generation; a connection of an earlier one leads to a server that went away
+        private long usedAt;
+        private Exception refusal;
+        private long refusedAt;
+
+        private Session(Work<C, Void> prepare) { this.prepare = prepare; }
+
+        /** @throws StoreException if the store is unavailable or rejects the work */
+        <T> T run(Work<C, T> work) throws InterruptedException {
+            if (!awaitUp()) throw new StoreException(title, true, null);
+            try {
+                return attempt(work);
+            } catch (WouldBlock | StoreException e) {
+                throw e;
+            } catch (Exception e) { throw failed(e); }
+        }
+
+        /** Runs the work also while the store is down, with the store's own exceptions: for probes. */
+        synchronized <T> T attempt(Work<C, T> work) throws Exception {
+            if (openedIn != generation) discard();
+            if (connection != null && System.nanoTime() - usedAt > IDLE_NANOS) testIdle();
+            for (boolean fresh = connection == null; ; fresh = true) {
+                if (connection == null) open();
+                usedAt = System.nanoTime();
+                try {
+                    return work.with(connection);
+                } catch (WouldBlock e) {
+                    throw e;
+                } catch (Exception e) {
+                    if (isOutage(e) || isLost(e)) discard();
+                    if (fresh || !isLost(e) || isTimeout(e)) throw e;
+                    if (!mayRepeat()) throw new IOException("the connection was lost", e);
+                }
+            }
+        }
+
+        private void testIdle() {
+            try {
+                checkIdle(connection);
+            } catch (RuntimeException e) {
+                discard();
+                if (isTimeout(e)) throw e; // no time is left for a second connection
+            }
+        }
+
+        private static boolean isTimeout(Exception e) { return e.getCause() instanceof SocketTimeoutException; }
+
+        /** What the server has just refused is not tried again for a second, so that its log stays readable. */
+        private void open() throws Exception {
+            WouldBlock.requireBlockingThread();
+            if (refusal != null && System.nanoTime() - refusedAt < REFUSAL_NANOS) throw refusal;
+            openedIn = generation;
+            try {
+                connection = connect(); // visible to close() while it is prepared
+                prepare.with(connection);
+                refusal = null;
+            } catch (Exception e) {
+                discard();
+                if (!isOutage(e)) {
+                    refusal = e;
+                    refusedAt = System.nanoTime();
+                }
+                throw e;
+            }
+        }
+
+        private void discard() {
+            C lost = connection;
+            connection = null;
+            try {
+                if (lost != null) disconnect(lost);
+            } catch (Exception e) { /* it was lost already */ }
+        }
+
+        /** Also in the middle of a statement. */
+        @Override public void close() { discard(); }
+    }
+}
+
+/** PostgreSQL, as its driver sees it. Work may be repeated: reads change nothing, and every write has a key. */
+final class Postgres extends Store<Connection> {
+    /** Longest wait for one statement; with the network it keeps a response under 2 s. */
+    private static final int SOCKET_MILLIS = 1_300;
+    /**
+     * Sent when the connection is open, since poolers refuse what is sent as it opens. Behind a pooler that changes
+     * connections between transactions these are hints; what has to hold stands in the statements themselves.
+     */
+    private static final String SETTINGS =
+            // Below SOCKET_MILLIS: a slow statement costs its batch, not the connection.
+            "SET statement_timeout = 1000;"
+            // ON CONFLICT needs it: in stricter levels, two tries of one request fail each other.
+            + "SET default_transaction_isolation = 'read committed';"
+            // Planning takes longer than reading a page. Every plan uses an index, also if made for a small table.
+            + "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;"
+            // PostgreSQL drops an instance that vanished after 11 s, not 2 h: its connections are limited.
+            + "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_user_timeout = 11000";
+    /**
+     * Failures that another connection may mend. 25: a read-only role or former primary; 28: the rights have changed;
+     * 42P01, 42703: a missing table or column, which a new watcher's connection creates; none: the driver itself.
+     */
+    private static final String[] CONNECTION_ONLY = {"25", "28", "42P01", "42703", "none"};
+
+    private final PGSimpleDataSource source = new PGSimpleDataSource();
+
+    Postgres(Config config) {
+        super("postgres", "PostgreSQL");
+        Config.Postgres to = config.postgres();
+        source.setServerNames(to.hosts().stream().map(HostAndPort::getHost).toArray(String[]::new));
+        source.setPortNumbers(to.hosts().stream().mapToInt(HostAndPort::getPort).toArray());
+        source.setDatabaseName(to.name());
+        source.setUser(to.user());
+        source.setPassword(to.pass().value());
+        source.setApplicationName("threefold " + config.instance());
+        source.setConnectTimeout(1);     // seconds, for each host; the driver's default is no limit
+        source.setSocketTimeout(1);      // seconds, while it logs in; then SOCKET_MILLIS
+        source.setPrepareThreshold(1);   // few statements, used for ever: parse each once
+        if (to.sslMode() != null) source.setSslMode(to.sslMode());
+        if (to.sslRootCert() != null) source.setSslRootCert(to.sslRootCert());
+        if (to.hosts().size() > 1) {
+            source.setTargetServerType("primary");
+            source.setHostRecheckSeconds(1); // the default of 10 would delay a failover
+        }
+    }
+
+    @Override Connection connect() throws SQLException {
+        Connection opened = source.getConnection();
+        try (var statement = opened.createStatement()) {
+            String encoding = opened.unwrap(PGConnection.class).getParameterStatus("server_encoding");
+            if (encoding != null && !encoding.equals("UTF8")) // it would refuse an emoji, and its batch
+                throw new SQLException("the database is encoded in " + encoding + ": it needs UTF8", "28000");
+            try (ResultSet row = statement.executeQuery("SELECT pg_is_in_recovery()")) {
+                if (row.next() && row.getBoolean(1)) // a standby at the primary's address shows old data
+                    throw new SQLException("it is a standby: DB_HOST has to lead to the primary", "57P03");
+            }
+            statement.execute(SETTINGS);
+            opened.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
+            return opened;
+        } catch (SQLException e) {
+            disconnect(opened);
+            throw e;
+        }
+    }
+
+    @Override void disconnect(Connection connection) throws SQLException { connection.abort(Runnable::run); }
+
+    /** Class 08: it cannot be reached; 57P: it stops, starts, or ends sessions; or the socket broke. */
+    @Override boolean isOutage(Throwable e) {
+        return e instanceof SQLException sql && (isClass(sql, "08", "57P") || sql.getCause() instanceof IOException);
+    }
+
+    @Override boolean isLost(Exception e) {
+        return isOutage(e) || e instanceof SQLException sql && isClass(sql, CONNECTION_ONLY);
+    }
+
+    @Override boolean mayRepeat() { return true; }
+
+    /** By the first characters of its SQLSTATE (PostgreSQL's manual, appendix A). */
+    private static boolean isClass(SQLException e, String... classes) {
+        String state = Objects.requireNonNullElse(e.getSQLState(), "none");
+        return Stream.of(classes).anyMatch(state::startsWith);
+    }
+}
+
+/** Redis: one server, or the primary that most Sentinels name. Work is never repeated: it may have counted. */
+final class Redis extends Store<Jedis> {
+    private static final String ABSENT_KEY = "visits:nothing";
+
+    private final Config.Redis config;
+    private final JedisClientConfig client;
+
+    Redis(Config config) {
+        super("redis", "Redis");
+        this.config = config.redis();
+        DefaultJedisClientConfig.Builder builder = DefaultJedisClientConfig.builder().user(this.config.user())
+                .password(this.config.pass().value()).database(this.config.db())
+                .clientName("threefold-" + config.instance()).autoNegotiateProtocol(false)
+                .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
+                .blockingSocketTimeoutMillis(10_000); // a subscription receives the own heartbeats
+        if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
+        client = builder.build();
+    }
+
+    int database() { return config.db(); }
+
+    @Override Jedis connect() {
+        Jedis opened = new Jedis(config.master() == null ? config.hosts().getFirst() : primary(), client);
+        try {
+            requirePrimary(opened);
+            return opened;
+        } catch (JedisException e) {
+            opened.close();
+            throw e;
+        }
+    }
+
+    @Override void disconnect(Jedis connection) { connection.close(); }
+
+    /** By a write that changes nothing and is not written to disk; a replica refuses it. */
+    void requirePrimary(Jedis connection) { connection.del(ABSENT_KEY); }
+
+    /** After a write on this connection: with too few copies, a new primary might give the number again. */
+    void requireReplicas(Jedis connection) {
+        if (config.waitReplicas() > 0 && connection.waitReplicas(config.waitReplicas(), 500) < config.waitReplicas())
+            throw new JedisDataException("too few replicas have the count");
+    }
+
+    /** Servers and proxies close idle connections, and a count cannot be repeated. */
+    @Override void checkIdle(Jedis connection) { connection.ping(); }
+
+    /** It cannot be reached, still loads its data, or is no primary. */
+    @Override boolean isOutage(Throwable e) {
+        return e instanceof JedisConnectionException || e instanceof JedisException && e.getMessage() != null
+                && Stream.of("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS").anyMatch(e.getMessage()::contains);
+    }
+
+    @Override boolean isLost(Exception e) { return e instanceof JedisConnectionException; }
+
+    @Override boolean mayRepeat() { return false; }
+
+    /** What a Sentinel knows of the primary; elections are numbered by epochs. */
+    private record Elected(String host, String port, String epoch) {}
+
+    /** As most Sentinels have it: one that was cut off, or is new, still names an earlier primary. */
+    private HostAndPort primary() {
+        Map<Elected, Integer> votes = new HashMap<>();
+        JedisException last = null;
+        for (HostAndPort host : config.hosts())
+            try {
+                Elected elected = askSentinel(host);
+                if (votes.merge(elected, 1, Integer::sum) > config.hosts().size() / 2)
+                    return new HostAndPort(elected.host, Integer.parseInt(elected.port));
+            } catch (JedisException next) { last = next; }
+        throw new JedisConnectionException("the Sentinels do not agree where \"" + config.master() + "\" is: "
+                + votes.keySet(), last);
+    }
+
+    private Elected askSentinel(HostAndPort sentinel) {
+        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500)
+                .autoNegotiateProtocol(false).build();
+        try (Jedis connection = new Jedis(sentinel, quick)) {
+            Map<String, String> found = connection.sentinelMaster(config.master());
+            return new Elected(found.get("ip"), found.get("port"), found.get("config-epoch"));
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- 7 Base
+
+/**
+ * The environment of an instance, checked once. Without hosts for a store, {@link Embedded} starts one.
+ *
+ * @param host        the address to listen on
+ * @param drainMillis how long responses close their connections before the port closes; longer than nginx keeps an idle
+ *                    connection (keepalive_timeout, 2 s)
  */
 record Config(String instance, String host, int port, Postgres postgres, Redis redis, int drainMillis, Path dataDir) {
     /** What an instance may be called. */
     static final String INSTANCE = "[A-Za-z0-9._-]{1,64}";
 
-    /** Thrown for a value that can't be used; the message names the variable, the value and what would do. */
-    @SuppressWarnings("serial") // nobody sends it anywhere
+    /** A value that cannot be used; the message names the variable, the value and what would be right. */
+    @SuppressWarnings("serial") // never serialized
     static final class Invalid extends Exception {
         Invalid(String message) { super(Log.escaped(message)); } // one line, whatever the value
 
-        /** Of an address, what stands before the @ may be a password. */
+        /** What precedes the @ of an address may be a password. */
         Invalid(String name, String value, String needed) {
             this(name + "=\"" + value.replaceAll("[^,\\s]*@", "***@") + "\" cannot be used: it needs " + needed);
         }
@@ -260,15 +2560,14 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         @Override public String toString() { return value == null ? "(none)" : "(hidden)"; }
     }
 
-    /** Where PostgreSQL is; of several hosts the driver finds the primary. TLS as the driver means it. */
+    /** Of several hosts the driver finds the primary. TLS as the driver means it. */
     record Postgres(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode,
             String sslRootCert) {}
 
-    /** Where Redis is: one server, or, if {@code master} is a name, the Sentinels that know who bears it now. */
+    /** One server; or, if {@code master} is a name, the Sentinels that know which server has it. */
     record Redis(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
             int waitReplicas) {}
 
-    /** Reads and checks the environment. */
     static Config from(Map<String, String> environment) throws Invalid {
         Env env = Env.of(environment);
         Redis redis = redis(env);
@@ -276,14 +2575,13 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
                 env.text("DB_NAME", "app"), env.text("DB_USER", "app"), env.secret("DB_PASS"),
                 env.choice("DB_SSLMODE", null, "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
                 env.file("DB_SSLROOTCERT"));
-        boolean embedded = redis.hosts.isEmpty() || postgres.hosts.isEmpty(); // then: no proxy, one's own machine
+        boolean embedded = redis.hosts.isEmpty() || postgres.hosts.isEmpty(); // then there is no proxy
         String name = env.text("INSTANCE_ID", hostName());
         if (!name.matches(INSTANCE))
             throw new Invalid("INSTANCE_ID", name, "1 to 64 letters, digits, dots, dashes or underscores");
         return new Config(name, env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535),
                 postgres, redis, env.number("DRAIN_MILLIS", embedded ? 0 : 2500, 0, 60_000),
-                !embedded ? null : Path.of(env.text("DATA_DIR", null) == null ? env.text("HOME", ".") + "/.threefold"
-                        : env.text("DATA_DIR", null)));
+                Path.of(env.text("DATA_DIR", env.text("HOME", ".") + "/.threefold")));
     }
 
     private static Redis redis(Env env) throws Invalid {
@@ -302,17 +2600,6 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     boolean needsEmbedded() { return redis.hosts.isEmpty() || postgres.hosts.isEmpty(); }
 
-    Config withRedis(int port, Secret pass) {
-        Redis own = new Redis(List.of(new HostAndPort("127.0.0.1", port)), null, null, pass, 0, false, 0);
-        return new Config(instance, host, this.port, postgres, own, drainMillis, dataDir);
-    }
-
-    Config withPostgres(int port, Secret pass) {
-        List<HostAndPort> here = List.of(new HostAndPort("127.0.0.1", port));
-        Postgres own = new Postgres(here, "postgres", "postgres", pass, null, null);
-        return new Config(instance, host, this.port, own, redis, drainMillis, dataDir);
-    }
-
     /** As far as it makes a name for an instance. */
     private static String hostName() {
         String name = System.getenv("HOSTNAME"); // in a container: without a look-up
@@ -322,9 +2609,16 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         return name.replaceAll("[^A-Za-z0-9._-]", "-").substring(0, Math.min(64, name.length()));
     }
 
-    /** The environment's texts as what they have to be. What is empty counts as unset: `DB_HOST=` in a shell. */
+    /** The text of a file of //FILES; with LF, as a browser reads it, even if git wrote CRLF. */
+    static String resource(String name) {
+        try (InputStream in = Service.class.getResourceAsStream(name)) {
+            return new String(in.readAllBytes(), UTF_8).replaceAll("\r\n?", "\n");
+        } catch (IOException e) { throw new UncheckedIOException(e); }
+    }
+
+    /** The environment's texts as what they have to be. An empty one counts as unset. */
     private record Env(Map<String, String> values) {
-        /** A name, an IPv4 address, or one of IPv6, which needs brackets if a port follows. */
+        /** A name, an IPv4 address, or an IPv6 address, which needs brackets if a port follows. */
         private static final Pattern ADDRESS = Pattern.compile(
                 "(\\[[0-9a-fA-F:.%]+]|[0-9a-fA-F]*(?::[0-9a-fA-F.]*){2,}|[^:,\\[\\]\\s/?#&@]+)(?::([0-9]{1,5}))?");
 
@@ -334,7 +2628,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
             return new Env(values);
         }
 
-        /** Java puts U+FFFD for what is no text in the locale's encoding; a password would be another one by that. */
+        /** Java replaces bytes that are no text in the locale's encoding by U+FFFD, which would change a password. */
         String text(String name, String otherwise) throws Invalid {
             String value = values.getOrDefault(name, otherwise);
             if (value == null || value.indexOf('\uFFFD') < 0) return value;
@@ -377,8 +2671,8 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
         Secret secret(String name) throws Invalid {
             String file = name + "_FILE";
             if (!values.containsKey(file)) return new Secret(text(name, null));
-            if (!values.containsKey(name)) return new Secret(content(file, "readable text file", Files::readString)
-                    .strip());
+            if (!values.containsKey(name))
+                return new Secret(content(file, "readable text file", Files::readString).strip());
             throw new Invalid("%s and %s=\"%s\" are both set: it needs one or the other"
                     .formatted(name, file, values.get(file)));
         }
@@ -390,2300 +2684,9 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
             try {
                 return reader.read(Path.of(file));
             } catch (IOException | RuntimeException e) {
-                throw new Invalid(name + "=\"" + file + "\" cannot be read: it needs the path of a "
-                        + kind);
+                throw new Invalid(name + "=\"" + file + "\" cannot be read: it needs the path of a " + kind);
             }
         }
-    }
-}
-
-// --------------------------------------------------------------------------------------------- Routes and handlers
-
-/** One line an endpoint: the router, `Allow`, the metrics and the tests all read this table. */
-record Route(String method, String path, HttpHandler handler) {}
-
-/** What is answered to each request: parse, ask, answer. No SQL and no Redis command stands here. */
-record Api(Config config, Http http, Batcher<Void, Long> visits, Batcher<Void, Counts> counts,
-        Batcher<Write, Saved> writes, Batcher<PageQuery, MessagePage> reads, Events events, Instances instances,
-        Dependency postgres, Dependency redis, Batcher<Void, byte[]> scrapes, HtmlPage page) {
-    private static final Pattern ID = Pattern.compile("[1-9][0-9]{0,17}"), NUMBER = Pattern.compile("[0-9]{1,18}");
-    private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
-    private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
-    private static final String OPENAPI = Service.resource("/openapi.json");
-
-    List<Route> routes() {
-        String healthy = Json.object("status", "ok", "instance", config.instance());
-        return List.of(
-                new Route("GET", "/", this::visit),
-                new Route("GET", "/api/visits", this::visits),
-                new Route("POST", "/api/messages", this::postMessage),
-                new Route("GET", "/api/messages", this::listMessages),
-                new Route("GET", "/api/messages/{id}", this::oneMessage),
-                new Route("GET", "/api/events", this::events),
-                new Route("GET", "/api/instances", exchange -> http.sendJson(exchange, 200, instances.json())),
-                new Route("GET", "/healthz", exchange -> http.sendJson(exchange, 200, healthy)),
-                new Route("GET", "/readyz", this::readyz),
-                new Route("GET", "/metrics", this::metrics),
-                new Route("GET", "/openapi.json", exchange -> http.sendJson(exchange, 200, OPENAPI)));
-    }
-
-    private void visit(HttpServerExchange exchange) {
-        exchange.getResponseHeaders().put(Headers.VARY, "Accept");
-        PageQuery query = Http.wantsHtml(exchange) ? pageQuery(exchange) : null;
-        if (exchange.getRequestMethod().equals(Methods.HEAD)) answerVisit(exchange, query, null); // looked, not visited
-        else http.askOr(exchange, visits, null, null, (ex, number) -> answerVisit(ex, query, number));
-    }
-
-    private void answerVisit(HttpServerExchange exchange, PageQuery query, Long number) {
-        if (query != null) showPage(exchange, 200, query, number, Form.EMPTY);
-        else http.sendJson(exchange, 200, // a name has no letter that JSON would escape
-                "{\"instance\":\"" + config.instance() + "\",\"visits\":" + number + '}');
-    }
-
-    private void visits(HttpServerExchange exchange) {
-        http.ask(exchange, counts, null, (ex, counts) -> http.sendJson(ex, 200, Json.of(counts)));
-    }
-
-    private void postMessage(HttpServerExchange exchange) {
-        boolean form = Http.isForm(exchange), page = form && Http.wantsHtml(exchange);
-        RequestKey key = RequestKey.of(exchange);
-        http.readBody(exchange, (ex, body) -> {
-            try {
-                Draft draft = form ? Draft.fromForm(body) : Draft.fromJson(body);
-                http.askOutcome(ex, writes, new Write(key, draft), (e, saved, failure) -> {
-                    Throwable why = failure != null ? failure : saved.refused();
-                    if (page && why instanceof Problem problem) showRefused(e, body, problem);
-                    else if (why != null) throw why;
-                    else answerSaved(e, saved, form);
-                });
-            } catch (Problem problem) {
-                if (!page) throw problem;
-                showRefused(ex, body, problem);
-            }
-        });
-    }
-
-    private void answerSaved(HttpServerExchange exchange, Saved saved, boolean form) {
-        if (saved.conflict()) throw Problem.keyReused();
-        HeaderMap headers = exchange.getResponseHeaders();
-        headers.put(Headers.LOCATION, form ? "/" : "/api/messages/" + saved.message().id());
-        if (form) {
-            http.send(exchange, 303, "text/plain", new byte[0]);
-            return;
-        }
-        if (saved.replayed()) headers.put(IDEMPOTENCY_REPLAYED, "true");
-        http.sendJson(exchange, saved.replayed() ? 200 : 201, Json.of(saved.message()));
-    }
-
-    /** Somebody without JavaScript gets the page back, with what was typed and what is wrong. */
-    private void showRefused(HttpServerExchange exchange, byte[] body, Problem problem) {
-        Http.say(exchange, problem);
-        showPage(exchange, problem.status(), PageQuery.NEWEST, null, Form.of(body, problem));
-    }
-
-    /** Answers with the page; whatever part of it is away is shown as away. */
-    private void showPage(HttpServerExchange exchange, int status, PageQuery query, Long number, Form form) {
-        http.askOr(exchange, counts, null, Counts.UNKNOWN, (ex, total) ->
-                http.askOr(ex, reads, query, MessagePage.UNKNOWN, (e, messages) -> {
-                    page.securityHeaders(e);
-                    http.send(e, status, "text/html; charset=utf-8",
-                            page.render(config.instance(), number, total, messages, query, instances.all(), form));
-                }));
-    }
-
-    private void listMessages(HttpServerExchange exchange) {
-        http.ask(exchange, reads, pageQuery(exchange),
-                (ex, messages) -> http.send(ex, 200, "application/json", messages.json()));
-    }
-
-    private void oneMessage(HttpServerExchange exchange) {
-        String text = exchange.getAttachment(PathTemplateMatch.ATTACHMENT_KEY).getParameters().get("id");
-        if (!ID.matcher(text).matches()) throw Problem.notFound("there is no such message");
-        long id = Long.parseLong(text);
-        http.ask(exchange, reads, new PageQuery(id + 1, 1), (ex, found) -> {
-            if (found.messages().isEmpty() || found.messages().getFirst().id() != id)
-                throw Problem.notFound("there is no message " + id);
-            http.sendJson(ex, 200, Json.of(found.messages().getFirst()));
-        });
-    }
-
-    /** A stream of events, from where the viewer says it is: the last id it was told, else from now on. */
-    private void events(HttpServerExchange exchange) {
-        // Proxies on the way pass each event on at once: nginx (and others) by the first, those that compress, and wait
-        // for enough to compress, by the second.
-        exchange.getResponseHeaders().put(X_ACCEL_BUFFERING, "no").put(Headers.CACHE_CONTROL, "no-store, no-transform");
-        String last = exchange.getRequestHeaders().getFirst("Last-Event-ID");
-        Cursor cursor = last != null && !last.isEmpty() // a browser that was told no id may send an empty one
-                ? cursor("Last-Event-ID", last) : cursor("after", parameter(exchange, "after"));
-        if (exchange.getRequestMethod().equals(Methods.HEAD)) http.send(exchange, 200, Events.TYPE, new byte[0]);
-        else events.join(exchange, cursor);
-    }
-
-    /** @return null for null */
-    private static Cursor cursor(String name, String text) {
-        Cursor cursor = text == null ? null : Cursor.parse(text);
-        if (text == null || cursor != null) return cursor;
-        throw Problem.badRequest(name + " has to be a cursor, as in 7421-88, or 0");
-    }
-
-    private void readyz(HttpServerExchange exchange) {
-        // A store that all instances share and that is unavailable takes no instance out: the others could not do
-        // better, and what needs no store goes on.
-        boolean ready = postgres.hasBeenUp() && !http.isDraining();
-        String status = http.isDraining() ? "draining" : !ready ? "starting"
-                : postgres.isUp() && redis.isUp() ? "ready" : "degraded";
-        if (!ready) exchange.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
-        http.sendJson(exchange, ready ? 200 : 503, Json.object("status", status, "instance", config.instance(),
-                "dependencies", Map.of("postgres", postgres.word(), "redis", redis.word())));
-    }
-
-    private void metrics(HttpServerExchange exchange) {
-        // nginx refuses this path as well; whatever came through any proxy is not the inner network.
-        if (exchange.getRequestHeaders().contains(Headers.X_FORWARDED_FOR)) throw Problem.notFound("not found");
-        http.ask(exchange, scrapes, null,
-                (ex, text) -> http.send(ex, 200, PrometheusTextFormatWriter.CONTENT_TYPE, text));
-    }
-
-    private static PageQuery pageQuery(HttpServerExchange exchange) {
-        return new PageQuery(number(exchange, "before", Long.MAX_VALUE, Long.MAX_VALUE, "the id of a message"),
-                (int) number(exchange, "limit", PageQuery.NEWEST.limit(), 100, "a whole number from 1 to 100"));
-    }
-
-    private static long number(HttpServerExchange exchange, String name, long otherwise, long most, String needed) {
-        String value = parameter(exchange, name);
-        if (value == null) return otherwise;
-        long number = NUMBER.matcher(value).matches() ? Long.parseLong(value) : 0;
-        if (number >= 1 && number <= most) return number;
-        throw Problem.badRequest(name + " has to be " + needed);
-    }
-
-    /** The last of this name in the query, null if there is none. */
-    private static String parameter(HttpServerExchange exchange, String name) {
-        Deque<String> values = exchange.getQueryParameters().get(name);
-        return values == null ? null : values.getLast();
-    }
-}
-
-// --------------------------------------------------------------------------------------------------------- Domain
-
-/** A message as stored. The text is what the author sent, to the character. */
-record Message(long id, String author, String body, String instance, Instant createdAt) {}
-
-/** A message as sent: checked, not yet stored. Lengths are in Unicode code points, without outer white space. */
-record Draft(String author, String body) {
-    static final int AUTHOR_MOST = 80, BODY_MOST = 2_000;
-    /** It is kept, as all of the text is, and takes memory as all of the text does. */
-    private static final int OUTER_SPACE_MOST = 1_000;
-
-    Draft {
-        Map<String, String> errors = new LinkedHashMap<>();
-        check("author", author, AUTHOR_MOST, errors);
-        check("body", body, BODY_MOST, errors);
-        if (!errors.isEmpty()) throw Problem.fields(errors);
-    }
-
-    private static void check(String field, String text, int most, Map<String, String> errors) {
-        if (text == null) {
-            errors.put(field, field + " is missing");
-            return;
-        }
-        if (text.indexOf('\0') >= 0) throw Problem.badRequest(field + " holds a NUL character");
-        int begin = 0, end = text.length();
-        while (begin < end && isWhiteSpace(text.charAt(begin))) begin++;
-        while (begin < end && isWhiteSpace(text.charAt(end - 1))) end--;
-        int length = text.codePointCount(begin, end);
-        if (length == 0) errors.put(field, field + " is empty");
-        if (length > most) errors.put(field, field + " has " + length + " characters, " + most + " are allowed");
-        if (text.length() - (end - begin) > OUTER_SPACE_MOST)
-            errors.put(field, field + " has more than " + OUTER_SPACE_MOST + " characters of white space around it");
-    }
-
-    /** Unicode's White_Space, the same in the page. Java's strip() leaves U+00A0 and U+0085, and takes U+001C. */
-    private static boolean isWhiteSpace(char c) {
-        return Character.isSpaceChar(c) || c >= '\t' && c <= '\r' || c == '\u0085';
-    }
-
-    /** From {@code {"author","body"}}. Other fields are ignored, a field given twice is an error. */
-    static Draft fromJson(byte[] bytes) {
-        Map<String, JsonElement> fields = Json.parse(Http.utf8(bytes));
-        Map<String, String> errors = new LinkedHashMap<>();
-        String author = text(fields, "author", errors), body = text(fields, "body", errors);
-        if (!errors.isEmpty()) throw Problem.fields(errors);
-        return new Draft(author, body);
-    }
-
-    private static String text(Map<String, JsonElement> fields, String name, Map<String, String> errors) {
-        JsonElement value = fields.get(name);
-        if (value == null) return null; // the constructor says that it is missing
-        if (value instanceof JsonPrimitive text && text.isString()) return text.getAsString();
-        errors.put(name, name + (value.isJsonNull() ? " is missing" : " has to be a string"));
-        return null;
-    }
-
-    /** From the page's form, URL-encoded. */
-    static Draft fromForm(byte[] bytes) {
-        Map<String, String> fields = formFields(bytes);
-        return new Draft(fields.get("author"), fields.get("body"));
-    }
-
-    static Map<String, String> formFields(byte[] bytes) {
-        Map<String, String> fields = new HashMap<>();
-        for (String pair : new String(bytes, ISO_8859_1).split("&")) { // bytes as characters, until decoded
-            int equals = pair.indexOf('=');
-            if (equals < 0) continue;
-            String name = formText(pair.substring(0, equals));
-            if (fields.put(name, formText(pair.substring(equals + 1))) != null)
-                throw Problem.badRequest("the form has a field twice");
-        }
-        return fields;
-    }
-
-    private static String formText(String encoded) {
-        try { // not as UTF-8 at once, because URLDecoder would quietly repair what is none
-            return Http.utf8(URLDecoder.decode(encoded, ISO_8859_1).getBytes(ISO_8859_1));
-        } catch (IllegalArgumentException e) {
-            throw Problem.badRequest("the form is not URL-encoded");
-        }
-    }
-}
-
-/**
- * What makes a write safe to repeat, against any instance: the client's own Idempotency-Key; or the id the proxy
- * gives to all its tries of one request; or, for our own second try on a new connection, a random one.
- */
-record RequestKey(String stored, boolean fromClient) {
-    private static final HttpString IDEMPOTENCY_KEY = new HttpString("Idempotency-Key");
-    private static final Pattern VISIBLE = Pattern.compile("[!-~]{1,255}");
-
-    static RequestKey of(HttpServerExchange exchange) {
-        HeaderValues client = exchange.getRequestHeaders().get(IDEMPOTENCY_KEY);
-        if (client != null && (client.size() > 1 || !VISIBLE.matcher(client.getFirst()).matches()))
-            throw Problem.badRequest("one Idempotency-Key, of 1 to 255 visible ASCII characters, is needed");
-        if (client != null) return new RequestKey("c:" + client.getFirst(), true);
-        String proxy = exchange.getRequestHeaders().getFirst(Http.PROXY_REQUEST_ID);
-        if (proxy != null && Http.SANE_ID.matcher(proxy).matches()) return new RequestKey("p:" + proxy, false);
-        return new RequestKey("s:" + UUID.randomUUID(), false);
-    }
-}
-
-/** A draft on its way to be stored. */
-record Write(RequestKey key, Draft draft) {}
-
-/**
- * What became of a write: stored now; or {@code replayed}: stored before, under the client's key; or not, with the
- * reason.
- */
-record Saved(Message message, Draft draft, boolean replayed, Problem refused) {
-    static Saved refused(Problem why) { return new Saved(null, null, false, why); }
-
-    /** The key stands for another message. */
-    boolean conflict() { return !message.author().equals(draft.author()) || !message.body().equals(draft.body()); }
-}
-
-/** Which messages are asked for: at most {@code limit} (1 to 100), with ids below {@code before}, newest first. */
-record PageQuery(long before, int limit) {
-    static final PageQuery NEWEST = new PageQuery(Long.MAX_VALUE, 20);
-}
-
-/**
- * Messages, newest first; shared by all who asked the same in one batch. All null while PostgreSQL is away.
- *
- * @param next   the query for older ones, null if there are none
- * @param cursor whoever asks for the events after it misses none that is not on this page
- */
-record MessagePage(List<Message> messages, String next, String cursor, byte[] json) {
-    static final MessagePage UNKNOWN = new MessagePage(null, null, null, null);
-
-    /** @param found one more than was asked for, if there are so many */
-    static MessagePage of(PageQuery query, List<Message> found, Cursor cursor) {
-        boolean more = found.size() > query.limit();
-        List<Message> messages = more ? found.subList(0, query.limit()) : found;
-        String next = more ? "limit=" + query.limit() + "&before=" + messages.getLast().id() : null;
-        return new MessagePage(messages, next, cursor.toString(), Json.object("messages", messages,
-                "next", more ? "/api/messages?" + next : null, "cursor", cursor.toString()).getBytes(UTF_8));
-    }
-}
-
-/** All visits, and how many each instance answered; the total is their sum. Null total: Redis is away. */
-record Counts(Long total, Map<String, Long> byInstance) {
-    static final Counts UNKNOWN = new Counts(null, Map.of());
-}
-
-/**
- * A place in the order in which messages are told: by the transaction that stored them, then by id. Once no older
- * transaction is open, nothing can come before it any more; ids alone are given out before the commit and promise
- * nothing. (The transactional outbox with PostgreSQL's xid8 as its order.) It is always the place of a message, or
- * {@code 0-0}: a number of a transaction by itself may be given once more, after a failover. As text, {@code 7421-88},
- * it is the id of an event.
- */
-record Cursor(long tx, long id) implements Comparable<Cursor> {
-    /** No place yet: behind all that is stored when it is asked for. */
-    static final Cursor NOW = new Cursor(-1, -1);
-    /** Before all. */
-    static final Cursor FIRST = new Cursor(0, 0);
-    private static final Pattern TEXT = Pattern.compile("([0-9]{1,18})-([0-9]{1,18})");
-
-    /**
-     * The place that a viewer names; {@code 0} is before all. Null if it is no cursor, as the plain id of a message: an
-     * older transaction that is still open may store one that comes after it, with a smaller id.
-     */
-    static Cursor parse(String text) {
-        if (text.equals("0")) return FIRST;
-        Matcher matcher = TEXT.matcher(text);
-        if (!matcher.matches()) return null;
-        return new Cursor(Long.parseLong(matcher.group(1)), Long.parseLong(matcher.group(2)));
-    }
-
-    @Override public int compareTo(Cursor other) {
-        return tx != other.tx ? Long.compare(tx, other.tx) : Long.compare(id, other.id);
-    }
-
-    @Override public String toString() { return tx + "-" + id; }
-}
-
-/** What a viewer asks for: at most so many of the events that follow its place; {@code comes}: it comes from there. */
-record Following(Cursor after, int most, boolean comes) {}
-
-/**
- * Events that follow each other without a gap, as the bytes that every viewer gets: all of {@code (after, upTo]}.
- *
- * @param asked   the place that was asked for; {@code after} is the same, or what {@link Cursor#NOW} means
- * @param cursors of each event, in their order
- * @param ends    where each event ends in {@code bytes}
- * @param whole   false if more may follow at once: as many were read as are read at most
- * @param known   false if {@code asked} is too far behind, or no place of this database: another one was restored
- */
-record Stretch(Cursor asked, Cursor after, List<Cursor> cursors, int[] ends, byte[] bytes, boolean whole,
-               boolean known) {
-    static Stretch unknown(Cursor place) {
-        return new Stretch(place, place, List.of(), new int[0], new byte[0], true, false);
-    }
-
-    Cursor upTo() { return cursors.isEmpty() ? after : cursors.getLast(); }
-
-    /** Whether it answers this question as well. A place in between that it lacks is not known. */
-    boolean answers(Following other) {
-        Cursor place = other.after();
-        return known ? place.equals(asked) || place.equals(after) || Collections.binarySearch(cursors, place) >= 0
-                : place.equals(asked) && other.comes();
-    }
-
-    /** The first event behind the place {@code told}; as many as there are events if there is none. */
-    int firstAfter(Cursor told) {
-        int found = Collections.binarySearch(cursors, told);
-        return found >= 0 ? found + 1 : -found - 1;
-    }
-}
-
-// -------------------------------------------------------------------------------------------------------- Batcher
-
-/**
- * Gathers the requests that arrive while one batch is under way into the next batch. An idle service sends a
- * batch of one at once: nothing ever waits for a timer or for a batch to fill.
- *
- * <p>While batches are quick, the I/O thread that has read the requests does them itself: to wake another thread
- * and be woken by it costs more than most answers do. After a slow or a failed one, or where it would have to wait for
- * a connection, the batcher's own thread takes the next, so that a server that is slow or hangs holds up those who ask
- * for it, and nobody else for longer than one batch.
- */
-final class Batcher<Q, A> implements AutoCloseable {
-    /**
-     * Answers a batch, in its order, or as many of the first as it can at once (one at least): the rest comes
-     * again. Called by the batcher's own thread and by I/O threads, but for one batch at a time.
-     */
-    interface Work<Q, A> { List<A> answer(List<Q> questions) throws Exception; }
-
-    /** Says that this batch is nothing for an I/O thread; the batcher's own thread does it. */
-    @SuppressWarnings("serial")
-    static final class NotHere extends RuntimeException {
-        NotHere() { super("not on an I/O thread", null, false, false); }
-    }
-
-    /** Called before whatever may take long, such as opening a connection: an I/O thread waits for nobody. */
-    static void mayWait() { if (Thread.currentThread() instanceof XnioIoThread) throw new NotHere(); }
-
-    private record Waiting<Q, A>(Q question, Executor home, BiConsumer<A, Throwable> then) {}
-
-    /**
-     * How long an I/O thread may be away without anybody noticing, and longer than it is when not the server was
-     * slow, but the machine had other threads to run: with 10 ms, one batch of twenty was taken for slow.
-     */
-    private static final long QUICK_NANOS = 25_000_000;
-
-    private final BlockingDeque<List<Waiting<Q, A>>> queue = new LinkedBlockingDeque<>();
-    private final Semaphore ahead = new Semaphore(2); // batches whose answers are not all sent on their way
-    private final Map<Executor, List<Waiting<Q, A>>> turns = new ConcurrentHashMap<>();
-    private final AtomicInteger waiting = new AtomicInteger();
-    private final ReentrantLock underWay = new ReentrantLock();
-    private volatile boolean quick; // not before the first batch, which opens a connection
-    private final String name;
-    private final int capacity;
-    private final Work<Q, A> work;
-    private final IntConsumer sizes;
-    private final Thread thread;
-
-    /**
-     * @param capacity how many may wait; more are turned away, so that a slow database makes no endless queue
-     * @param sizes    is told the size of each batch
-     */
-    Batcher(String name, int capacity, IntConsumer sizes, Work<Q, A> work) {
-        this.name = name;
-        this.capacity = capacity;
-        this.sizes = sizes;
-        this.work = work;
-        this.thread = Thread.ofPlatform().name(name).daemon().start(this::run);
-    }
-
-    /**
-     * Queues a question; its answer or failure goes to {@code then}, on the executor {@code home}: the I/O thread
-     * that calls this. What an I/O thread has read in one turn goes into a batch together, when the turn ends: to
-     * begin with the first of them would leave the rest behind.
-     *
-     * @return false if as many wait as may, and the question was not taken
-     */
-    boolean offer(Q question, Executor home, BiConsumer<A, Throwable> then) {
-        if (waiting.incrementAndGet() > capacity) {
-            waiting.decrementAndGet();
-            return false;
-        }
-        List<Waiting<Q, A>> turn = turns.computeIfAbsent(home, thread -> new ArrayList<>());
-        turn.add(new Waiting<>(question, home, then));
-        if (turn.size() == 1) home.execute(() -> { // which it does after all that it is reading now
-            List<Waiting<Q, A>> read = List.copyOf(turn);
-            turn.clear();
-            boolean othersFirst = !queue.isEmpty() || underWay.hasQueuedThreads();
-            if (quick && !othersFirst && underWay.tryLock()) answer(read, home);
-            else queue.add(read);
-        });
-        return true;
-    }
-
-    private void run() {
-        while (!Thread.currentThread().isInterrupted())
-            try {
-                ahead.acquire();
-                List<Waiting<Q, A>> batch = new ArrayList<>(queue.take());
-                underWay.lock();
-                for (List<Waiting<Q, A>> more; (more = queue.poll()) != null; ) batch.addAll(more);
-                answer(batch, null);
-            } catch (InterruptedException closed) {
-                return; // close() ends the thread this way
-            } catch (Throwable e) { // nothing else may end it: who asks after this would wait for ever
-                ahead.release();
-                Log.warn("unexpected", "batcher", name, "reason", Log.reason(e));
-            }
-    }
-
-    /** @param here the I/O thread this is, or null */
-    private void answer(List<Waiting<Q, A>> batch, Executor here) {
-        waiting.addAndGet(-batch.size());
-        List<A> answers = null;
-        Throwable failure = null;
-        long began = System.nanoTime();
-        try {
-            answers = work.answer(batch.stream().map(Waiting::question).toList());
-        } catch (Throwable e) { // an Error too: those who wait have to hear of it
-            failure = e;
-        } finally {
-            quick = failure == null && System.nanoTime() - began < QUICK_NANOS;
-            underWay.unlock();
-        }
-        int answered = failure instanceof NotHere ? 0 : failure != null ? batch.size() : answers.size();
-        if (answered < batch.size()) {
-            waiting.addAndGet(batch.size() - answered);
-            queue.addFirst(batch.subList(answered, batch.size()));
-        }
-        if (answered == 0) return;
-        sizes.accept(answered);
-        handBack(batch.subList(0, answered), answers, failure, here);
-    }
-
-    /** Wakes each I/O thread once for all of its answers. */
-    private void handBack(List<Waiting<Q, A>> batch, List<A> answers, Throwable failure, Executor here) {
-        Set<Executor> homes = new HashSet<>();
-        for (Waiting<Q, A> one : batch) homes.add(one.home);
-        AtomicInteger left = new AtomicInteger(homes.size());
-        for (Executor home : homes) {
-            Runnable answering = () -> {
-                try {
-                    for (int i = 0; i < batch.size(); i++)
-                        if (batch.get(i).home == home)
-                            tell(batch.get(i), answers == null ? null : answers.get(i), failure);
-                } finally {
-                    if (left.decrementAndGet() == 0 && here == null) ahead.release();
-                }
-            };
-            if (home == here) answering.run();
-            else home.execute(answering);
-        }
-    }
-
-    /** One whose answering fails must not cost the others theirs. */
-    private void tell(Waiting<Q, A> one, A answer, Throwable failure) {
-        try {
-            one.then.accept(answer, failure);
-        } catch (Throwable e) {
-            Log.warn("unexpected", "batcher", name, "reason", Log.reason(e));
-        }
-    }
-
-    @Override public void close() { thread.interrupt(); }
-}
-
-// -------------------------------------------------------------------------------------------- Stores: how they are
-
-/**
- * What is known of PostgreSQL or Redis. A watcher asks it every half second, and whoever sees it fail says so at
- * once: while it is down requests are answered without trying, so that nothing piles up behind a dead server, and
- * the watcher asks more often, so that few are when it is back.
- *
- * <p>Only an outage speaks for the server. What it refuses (a password, a right, a statement) costs the request or the
- * connection that was refused, and no other.
- */
-final class Dependency implements AutoCloseable {
-    interface Probe { void ask() throws Exception; }
-
-    /** {@code REFUSED}: it answers, but not to our watcher. Others may be better off, so requests try. */
-    enum State { UNKNOWN, UP, REFUSED, DOWN }
-
-    /** A server that is back is seen within this: who asks while it is down waits so long before it hears no. */
-    private static final int RETURN_MILLIS = 250;
-
-    private final String name;
-    private final Predicate<Throwable> isOutage;
-    private volatile State state = State.UNKNOWN; // a new instance tries, it does not refuse
-    private volatile boolean hasBeenUp;
-    private volatile int returns;
-    private boolean suspected; // by a request: the watcher looks at once
-    private boolean confirmed; // the watcher has found it down itself
-    private Thread watcher;
-
-    Dependency(String name, Predicate<Throwable> isOutage) {
-        this.name = name;
-        this.isOutage = isOutage;
-    }
-
-    String name() { return name; }
-    boolean isUp() { return state == State.UP; }
-    boolean isDown() { return state == State.DOWN; }
-
-    /** Whether it was ever up since this instance started. */
-    boolean hasBeenUp() { return hasBeenUp; }
-
-    /** How often it came back after an outage that the watcher saw: connections that are older lead nowhere. */
-    int returns() { return returns; }
-    String word() { return state.name().toLowerCase(Locale.ROOT); }
-
-    /**
-     * Whether to try. Of an instance that was cut off the network and is back, the first requests come before its
-     * watcher has seen the server again: they wait for that look.
-     */
-    boolean mayTry() throws InterruptedException {
-        if (state != State.DOWN) return true;
-        Batcher.mayWait();
-        synchronized (this) {
-            if (state == State.DOWN) wait(RETURN_MILLIS);
-        }
-        return state != State.DOWN;
-    }
-
-    void watch(Probe probe) {
-        watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
-            try {
-                for (; ; pause()) look(probe);
-            } catch (InterruptedException closed) { /* close() ends the thread this way */ }
-        });
-    }
-
-    /** What a request takes for an outage may be the end of its own connection: the watcher looks at once. */
-    private synchronized void pause() throws InterruptedException {
-        if (!suspected) wait(state == State.DOWN ? 100 : 500);
-        suspected = false;
-    }
-
-    private void look(Probe probe) throws InterruptedException {
-        try {
-            probe.ask();
-            passed();
-        } catch (InterruptedException e) {
-            throw e;
-        } catch (Throwable e) { // nothing ends the watcher
-            boolean outage = isOutage.test(e);
-            confirmed |= outage; // also if it is back, and refuses us at first
-            changeTo(outage ? State.DOWN : State.REFUSED, e);
-        }
-    }
-
-    /**
-     * A request failed.
-     *
-     * @return whether the server is unavailable; else it refused this request
-     */
-    boolean failed(Throwable why) {
-        boolean outage = isOutage.test(why);
-        if (outage) suspect(why);
-        else Log.warn("request_refused", "dependency", name, "reason", Log.reason(why));
-        return outage;
-    }
-
-    private synchronized void suspect(Throwable why) {
-        suspected = true;
-        changeTo(State.DOWN, why);
-        notifyAll();
-    }
-
-    synchronized void passed() {
-        if (confirmed) returns++;
-        confirmed = false;
-        changeTo(State.UP, null);
-    }
-
-    private synchronized void changeTo(State next, Throwable why) {
-        if (next == state) return;
-        if (why == null) Log.info("dependency_up", "dependency", name);
-        else Log.warn("dependency_" + next.name().toLowerCase(Locale.ROOT), "dependency", name,
-                "reason", Log.reason(why));
-        hasBeenUp |= next == State.UP;
-        state = next;
-        notifyAll();
-    }
-
-    @Override public void close() { if (watcher != null) watcher.interrupt(); }
-}
-
-/** What a server has just refused is not tried again for a second: its log stays readable. */
-final class Refusal<E extends Exception> {
-    private static final long NANOS = 1_000_000_000;
-    private E last;
-    private long at;
-
-    /** @throws E again, as long as that */
-    void check() throws E { if (last != null && System.nanoTime() - at < NANOS) throw last; }
-
-    E of(E why) {
-        last = why;
-        at = System.nanoTime();
-        return why;
-    }
-}
-
-// ----------------------------------------------------------------------------------------------- Stores: PostgreSQL
-
-/** One connection, used by one at a time, opened when first needed and again after it was lost. Needs no pool. */
-final class Database implements AutoCloseable {
-    interface Work<T> { T with(Connection connection) throws SQLException; }
-
-    /** What it is for. {@code CHECKS} makes the schema, however long that takes: no request is kept waiting for it. */
-    enum Use { READS, WRITES, CHECKS }
-
-    /** Longest wait for one statement; with the way there and back it keeps an answer under 2 s. */
-    private static final int SOCKET_MILLIS = 1_300;
-    private static final String SCHEMA = Service.resource("/init.sql");
-    /**
-     * Sent when the connection is open, since poolers refuse what is sent as it opens. What has to hold in every
-     * transaction stands in the statements themselves (see Messages): behind a pooler that changes connections
-     * between transactions, these are hints.
-     */
-    private static final String SETTINGS =
-            // The server gives up before we do: a slow statement then costs its own batch, not the connection.
-            "SET statement_timeout = 1000;"
-            // ON CONFLICT needs it: in the stricter ones, two tries of one request fail each other.
-            + "SET default_transaction_isolation = 'read committed';"
-            // Plan each statement once: to plan takes longer than to read a page. They all go by an index, and have
-            // to also when the plan was made while the table was small.
-            + "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off;"
-            // It lets go of an instance that vanished without a word after 11 s: by default it takes two hours, and
-            // when a hundred connections are taken it lets nobody in.
-            + "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_user_timeout = 11000";
-
-    /**
-     * A commit that waits for a standby has no time limit, and does not notice that its client has left. (To cancel it
-     * would show a row that no standby has.) One more for each try, and soon the server would let in nobody. For a
-     * moment each commit waits, also one of the instance that this one replaces, under the same name.
-     */
-    private static final String A_COMMIT_WAITS = """
-            SELECT EXISTS (SELECT FROM pg_stat_activity
-                           WHERE wait_event = 'SyncRep' AND query_start < clock_timestamp() - interval '1 second'
-                           AND usename = current_user AND application_name = current_setting('application_name'))""";
-
-    private final PGSimpleDataSource source = new PGSimpleDataSource();
-    private final Dependency health;
-    private final Use use;
-    private final Refusal<SQLException> refusal = new Refusal<>(); // of a connection
-    private volatile Connection connection;
-    private int returnsSeen; // of the server, when this was opened
-
-    Database(Config config, Dependency health, Use use) {
-        this.health = health;
-        this.use = use;
-        Config.Postgres to = config.postgres();
-        source.setServerNames(to.hosts().stream().map(HostAndPort::getHost).toArray(String[]::new));
-        source.setPortNumbers(to.hosts().stream().mapToInt(HostAndPort::getPort).toArray());
-        source.setDatabaseName(to.name());
-        source.setUser(to.user());
-        source.setPassword(to.pass().value());
-        source.setApplicationName("threefold " + config.instance());
-        source.setConnectTimeout(1);     // seconds, for each host; the driver waits for ever by default
-        source.setSocketTimeout(1);      // the same, while it logs in; then SOCKET_MILLIS
-        source.setPrepareThreshold(1);   // the same few statements for ever: parse each once
-        if (to.sslMode() != null) source.setSslMode(to.sslMode());
-        if (to.sslRootCert() != null) source.setSslRootCert(to.sslRootCert());
-        if (to.hosts().size() > 1) {
-            source.setTargetServerType("primary");
-            source.setHostRecheckSeconds(1); // 10 by default: a new primary would be found as much later
-        }
-    }
-
-    /**
-     * Runs the work, once more on a new connection if this one turns out to be dead: whatever is run here is safe
-     * to repeat, because reads change nothing and every write has a key.
-     *
-     * @throws Problem 503, if PostgreSQL can't be reached or can't do it
-     */
-    <T> T run(Work<T> work) throws InterruptedException {
-        if (!health.mayTry()) throw Problem.unavailable("PostgreSQL is away");
-        try {
-            return attempt(work);
-        } catch (SQLException e) {
-            throw Problem.unavailable(health.failed(e) ? "PostgreSQL is away" : "PostgreSQL could not do it");
-        }
-    }
-
-    /** The same also when PostgreSQL is known to be down: how its watcher finds out that it is back. */
-    synchronized <T> T attempt(Work<T> work) throws SQLException {
-        if (returnsSeen != health.returns()) abandon(connection); // it leads to a server that went away
-        for (boolean fresh = connection == null; ; fresh = true) {
-            if (connection == null) {
-                Batcher.mayWait();
-                refusal.check();
-            }
-            try {
-                returnsSeen = health.returns();
-                if (connection == null) open();
-                return work.with(connection);
-            } catch (SQLException e) {
-                if (connection == null && !isOutage(e)) throw refusal.of(e); // it was not let in
-                if (!isOutage(e) && !isClass(e, CONNECTION_ONLY)) throw e;
-                abandon(connection);
-                if (fresh || e.getCause() instanceof SocketTimeoutException) throw e;
-            }
-        }
-    }
-
-    private void open() throws SQLException {
-        Connection opened = source.getConnection();
-        connection = opened; // so that close() can end it while the schema is made
-        try (var statement = opened.createStatement()) {
-            String encoding = opened.unwrap(PGConnection.class).getParameterStatus("server_encoding");
-            if (encoding != null && !encoding.equals("UTF8")) // it would refuse an emoji, and the whole batch with it
-                throw new SQLException("the database is encoded in " + encoding + ": it needs UTF8", "28000");
-            // Where a standby still has the primary's address, what it shows may be old.
-            if (isTrue(statement, "SELECT pg_is_in_recovery()"))
-                throw new SQLException("it is a standby: DB_HOST has to lead to the primary", "57P03");
-            statement.execute(SETTINGS);
-            if (use == Use.WRITES && isTrue(statement, A_COMMIT_WAITS))
-                throw new SQLException("a commit still waits for a standby", "55000");
-            makeSureOfSchema(opened, statement);
-            opened.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
-        } catch (SQLException e) {
-            abandon(opened);
-            throw e;
-        }
-    }
-
-    /** Creates the table where there is none, and what an older one lacks. */
-    private void makeSureOfSchema(Connection connection, Statement statement) throws SQLException {
-        if (use != Use.CHECKS) waitForSchema(statement);
-        else if (!hasSchema(statement)) {
-            if (isTrue(statement, "SELECT to_regclass('messages') IS NOT NULL AND NOT EXISTS (SELECT FROM pg_attribute "
-                    + "WHERE attrelid = to_regclass('messages') AND attname = 'request_key')"))
-                throw new SQLException("its table \"messages\" is another program's: DB_NAME needs another database",
-                        "42P07");
-            // Each by itself: while the index of a large table is made nobody writes, but those who are here can read.
-            for (String step : SCHEMA.split(";\\s*\n")) change(connection, statement, step);
-            Log.info("schema_made");
-        }
-        // Rows that came with a dump from another server have its numbers, which may lie in the future of this one.
-        String strange = "tx >= pg_snapshot_xmax(pg_current_snapshot())";
-        if (isTrue(statement, "SELECT EXISTS (SELECT FROM messages WHERE " + strange + ")"))
-            change(connection, statement, "UPDATE messages SET tx = '0' WHERE " + strange);
-    }
-
-    private static void waitForSchema(Statement statement) throws SQLException {
-        for (int tries = 0; !hasSchema(statement); tries++) {
-            if (tries == 18) throw new SQLException("the schema is not made yet", "42P01");
-            LockSupport.parkNanos(50_000_000);
-        }
-    }
-
-    private static boolean hasSchema(Statement statement) throws SQLException {
-        return isTrue(statement, """
-                SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('messages') AND attname = 'tx')
-                   AND EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('messages_tx'))""");
-    }
-
-    /** However long it takes; one instance after the other, since three start at once. */
-    private static void change(Connection connection, Statement statement, String sql) throws SQLException {
-        connection.setNetworkTimeout(Runnable::run, 600_000);
-        statement.execute("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 900;"
-                + "SELECT pg_advisory_xact_lock(3); " + sql + "; COMMIT");
-        connection.setNetworkTimeout(Runnable::run, SOCKET_MILLIS);
-    }
-
-    private static boolean isTrue(Statement statement, String sql) throws SQLException {
-        try (ResultSet row = statement.executeQuery(sql)) { return row.next() && row.getBoolean(1); }
-    }
-
-    /**
-     * Whether a failure speaks for the server. Class 08: it can't be reached; 57P: it is stopping, starting, or was
-     * told to end sessions; or the socket broke. (A first one costs its connection only: see attempt.)
-     */
-    static boolean isOutage(Throwable e) {
-        return e instanceof SQLException sql && (isClass(sql, "08", "57P") || sql.getCause() instanceof IOException);
-    }
-
-    /**
-     * What is mended by another connection, if it is: 25: a transaction that has failed, or may not write, as with a
-     * role that is read-only or a primary that is none any more; 28: the session's rights have changed; 42P01, 42703: a
-     * table or a column is missing, and a new connection makes sure of the schema; no state: the driver itself.
-     */
-    private static final String[] CONNECTION_ONLY = {"25", "28", "42P01", "42703", "none"};
-
-    /** By the first characters of its SQLSTATE (PostgreSQL's manual, appendix A). */
-    private static boolean isClass(SQLException e, String... classes) {
-        String state = Objects.requireNonNullElse(e.getSQLState(), "none");
-        return Stream.of(classes).anyMatch(state::startsWith);
-    }
-
-    private void abandon(Connection lost) {
-        try {
-            if (lost != null) lost.abort(Runnable::run);
-        } catch (SQLException e) { /* it is lost already */ }
-        connection = null;
-    }
-
-    /** Also in the middle of a statement, as one that makes an index for minutes. */
-    @Override public void close() { abandon(connection); }
-}
-
-/** The messages, a batch at a time: one statement stores all that waited, one reads all that was asked for. */
-final class Messages implements AutoCloseable {
-    private static final String MICROS = "(extract(epoch FROM created_at) * 1000000)::bigint";
-    /**
-     * One statement for what is new and for what was stored before under the same key. It writes to the row in either
-     * case, so that its commit waits for the disk (and for a standby, where one has to have it) in either case: a row
-     * that is seen may not be safe yet. Of a new row, the text is not sent back. The commit is on disk before it is
-     * told, whatever the server's default. Sorted by key (see save): two instances lock the same keys in one order.
-     */
-    private static final String SAVE = """
-            WITH durable AS (SELECT set_config('synchronous_commit', 'on', true),
-                                    set_config('client_min_messages', 'warning', true)) -- see checkCopied
-            INSERT INTO messages (author, body, instance, request_key)
-            SELECT author, body, ?, request_key
-            FROM durable, unnest(?::text[], ?::text[], ?::text[]) AS draft (author, body, request_key)
-            ON CONFLICT (request_key) DO UPDATE SET request_key = EXCLUDED.request_key
-            RETURNING id, %s, CASE WHEN xmax <> 0 THEN author END, CASE WHEN xmax <> 0 THEN body END, instance,
-                      request_key""".formatted(MICROS);
-    /** The place of the last message that nothing can come before any more, because no older transaction is open. */
-    private static final String SETTLED = """
-            SELECT tx::text || '-' || id FROM messages WHERE tx < pg_snapshot_xmin(pg_current_snapshot())
-            ORDER BY tx DESC, id DESC LIMIT 1""";
-    private static final String PAGES = """
-            SELECT message.id, %s, author, body, instance, asked.n, (%s)
-            FROM unnest(?::bigint[], ?::bigint[]) WITH ORDINALITY AS asked (before, size, n)
-            LEFT JOIN LATERAL (SELECT * FROM messages WHERE id < asked.before
-                               ORDER BY id DESC LIMIT asked.size) AS message ON true
-            ORDER BY asked.n, message.id DESC""".formatted(MICROS, SETTLED);
-    /** What follows a place and is settled; and whether this database knows the place: another one may be restored. */
-    private static final String FOLLOWING = """
-            SELECT message.id, %s, author, body, instance, message.tx::text,
-                   asked.id = 0 AND asked.tx = '0'
-                       OR EXISTS (SELECT FROM messages WHERE id = asked.id AND messages.tx = asked.tx)
-            FROM (VALUES (?::text::xid8, ?::bigint)) AS asked (tx, id)
-            LEFT JOIN LATERAL (SELECT * FROM messages
-                               WHERE (messages.tx, messages.id) > (asked.tx, asked.id)
-                                 AND messages.tx < pg_snapshot_xmin(pg_current_snapshot())
-                               ORDER BY messages.tx, messages.id LIMIT ?) AS message ON true
-            ORDER BY message.tx, message.id""".formatted(MICROS); // `tx` alone is the text above: 10 before 9
-    /** A viewer who was away is brought as many; who misses more is told so. */
-    private static final String TOO_FAR = """
-            SELECT EXISTS (SELECT FROM messages WHERE (tx, id) > (?::text::xid8, ?)
-                           AND tx < pg_snapshot_xmin(pg_current_snapshot()) OFFSET 50000)""";
-
-    /** What is read at once: 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
-    private static final int ROWS_MOST = 200;
-
-    /** While it tries in halves, others wait: for so long at most. */
-    private static final long SPLIT_NANOS = 300_000_000;
-
-    private final Database forWrites, forReads, forPings, forEvents;
-    private final Dependency health;
-    private final String instance;
-
-    Messages(Config config, Dependency health) {
-        this.health = health;
-        this.instance = config.instance();
-        this.forWrites = new Database(config, health, Database.Use.WRITES);
-        this.forReads = new Database(config, health, Database.Use.READS);
-        this.forPings = new Database(config, health, Database.Use.CHECKS);
-        this.forEvents = new Database(config, health, Database.Use.READS);
-    }
-
-    void ping() throws SQLException {
-        forPings.attempt(connection -> {
-            try (var statement = connection.createStatement()) {
-                return statement.execute("SELECT FROM messages LIMIT 1");
-            }
-        });
-    }
-
-    /**
-     * Stores what is new; finds what was stored before under the same key. Durable when it returns. A message that
-     * PostgreSQL refuses, by a trigger or a policy, costs no other one: they are tried again in halves.
-     */
-    List<Saved> save(List<Write> writes) throws InterruptedException {
-        try {
-            return saveTogether(writes);
-        } catch (Problem refused) {
-            if (writes.size() == 1 || health.isDown()) throw refused;
-            Batcher.mayWait();
-            return saveInHalves(writes, refused, System.nanoTime() + SPLIT_NANOS);
-        }
-    }
-
-    private List<Saved> saveInHalves(List<Write> writes, Problem why, long end) throws InterruptedException {
-        if (writes.size() == 1 || health.isDown() || System.nanoTime() > end)
-            return Collections.nCopies(writes.size(), Saved.refused(why));
-        List<Saved> saved = new ArrayList<>();
-        int half = writes.size() / 2;
-        for (List<Write> some : List.of(writes.subList(0, half), writes.subList(half, writes.size())))
-            try {
-                saved.addAll(saveTogether(some));
-            } catch (Problem refused) { saved.addAll(saveInHalves(some, refused, end)); }
-        return saved;
-    }
-
-    private List<Saved> saveTogether(List<Write> writes) throws InterruptedException {
-        TreeMap<String, Write> byKey = new TreeMap<>();
-        for (Write write : writes) byKey.putIfAbsent(write.key().stored(), write);
-        return forWrites.run(connection -> {
-            Map<String, Saved> stored = insert(connection, byKey);
-            List<Saved> saved = new ArrayList<>(writes.size());
-            for (Write write : writes) {
-                Saved first = stored.get(write.key().stored());
-                if (first == null) throw new SQLException("a trigger has left out a row", "09000");
-                boolean isFirst = byKey.get(write.key().stored()) == write && !first.replayed();
-                saved.add(new Saved(first.message(), write.draft(), !isFirst && write.key().fromClient(), null));
-            }
-            return saved;
-        });
-    }
-
-    private Map<String, Saved> insert(Connection connection, TreeMap<String, Write> byKey) throws SQLException {
-        try (PreparedStatement insert = connection.prepareStatement(SAVE)) {
-            insert.setString(1, instance);
-            insert.setArray(2, texts(connection, byKey.values().stream().map(write -> write.draft().author())));
-            insert.setArray(3, texts(connection, byKey.values().stream().map(write -> write.draft().body())));
-            insert.setArray(4, texts(connection, byKey.keySet().stream()));
-            Map<String, Saved> stored = new HashMap<>();
-            try (ResultSet row = insert.executeQuery()) {
-                while (row.next()) {
-                    Draft draft = byKey.get(row.getString(6)).draft();
-                    boolean isNew = row.getString(3) == null;
-                    stored.put(row.getString(6), new Saved(!isNew ? message(row) : new Message(row.getLong(1),
-                            draft.author(), draft.body(), instance, micros(row.getLong(2))), draft, !isNew, null));
-                }
-            }
-            checkCopied(insert.getWarnings());
-            return stored;
-        }
-    }
-
-    /**
-     * Of all that PostgreSQL may remark, one thing matters: nobody waited until a standby has the commit, although one
-     * has to have it. It has no SQLSTATE of its own, so it is known by the routine that says it (syncrep.c).
-     */
-    private static void checkCopied(SQLWarning first) throws SQLWarning {
-        for (SQLWarning warning = first; warning != null; warning = warning.getNextWarning())
-            if (warning instanceof PSQLWarning remark
-                    && "SyncRepWaitForLSN".equals(remark.getServerErrorMessage().getRoutine())) throw warning;
-    }
-
-    /**
-     * Answers the first queries, as many as it reads at once, with one statement; it begins after the queries came, so
-     * each sees all that was acknowledged.
-     */
-    List<MessagePage> pages(List<PageQuery> waiting) throws InterruptedException {
-        List<PageQuery> queries = atOnce(waiting);
-        List<PageQuery> distinct = queries.stream().distinct().toList();
-        Map<PageQuery, MessagePage> pages = forReads.run(connection -> read(connection, distinct));
-        return queries.stream().map(pages::get).toList();
-    }
-
-    /** As many of the first as have no more than {@link #ROWS_MOST} messages on different pages. */
-    private static List<PageQuery> atOnce(List<PageQuery> queries) {
-        Set<PageQuery> distinct = new HashSet<>();
-        int rows = 0;
-        for (int i = 0; i < queries.size(); i++) {
-            if (distinct.add(queries.get(i))) rows += queries.get(i).limit();
-            if (rows > ROWS_MOST) return queries.subList(0, i);
-        }
-        return queries;
-    }
-
-    private static Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries)
-            throws SQLException {
-        List<List<Message>> found = new ArrayList<>();
-        for (int i = 0; i < queries.size(); i++) found.add(new ArrayList<>());
-        String settled = null; // the same in every row
-        try (PreparedStatement select = connection.prepareStatement(PAGES)) {
-            select.setArray(1, numbers(connection, queries.stream().map(PageQuery::before)));
-            // One more than asked for, to know whether older ones follow.
-            select.setArray(2, numbers(connection, queries.stream().map(query -> query.limit() + 1L)));
-            try (ResultSet rows = select.executeQuery()) {
-                while (rows.next()) {
-                    settled = rows.getString(7);
-                    if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
-                }
-            }
-        }
-        Cursor cursor = settled == null ? Cursor.FIRST : Cursor.parse(settled);
-        Map<PageQuery, MessagePage> pages = new HashMap<>();
-        for (int i = 0; i < queries.size(); i++)
-            pages.put(queries.get(i), MessagePage.of(queries.get(i), found.get(i), cursor));
-        return pages;
-    }
-
-    /** For a batcher: what follows the first of these places. One read answers all that it covers. */
-    List<Stretch> following(List<Following> waiting) throws InterruptedException {
-        List<Stretch> answers = new ArrayList<>();
-        Set<Stretch> read = new LinkedHashSet<>();
-        int rows = 0;
-        for (Following one : waiting) {
-            Optional<Stretch> covering = read.stream().filter(stretch -> stretch.answers(one)).findFirst();
-            if (covering.isEmpty() && (rows += one.most()) > ROWS_MOST) break;
-            Stretch answer = covering.isPresent() ? covering.get()
-                    : forEvents.run(connection -> following(connection, one));
-            read.add(answer);
-            answers.add(answer);
-        }
-        return answers;
-    }
-
-    private static Stretch following(Connection connection, Following asked) throws SQLException {
-        Cursor after = asked.after().equals(Cursor.NOW) ? settled(connection) : asked.after();
-        if (asked.comes() && isTooFar(connection, after)) return Stretch.unknown(after);
-        try (PreparedStatement select = connection.prepareStatement(FOLLOWING)) {
-            select.setString(1, Long.toString(after.tx()));
-            select.setLong(2, after.id());
-            select.setInt(3, asked.most());
-            try (ResultSet rows = select.executeQuery()) { return stretch(asked, after, rows); }
-        }
-    }
-
-    /** What is stored from now on follows it. */
-    private static Cursor settled(Connection connection) throws SQLException {
-        try (PreparedStatement select = connection.prepareStatement(SETTLED); ResultSet row = select.executeQuery()) {
-            return row.next() ? Cursor.parse(row.getString(1)) : Cursor.FIRST;
-        }
-    }
-
-    private static boolean isTooFar(Connection connection, Cursor after) throws SQLException {
-        try (PreparedStatement select = connection.prepareStatement(TOO_FAR)) {
-            select.setString(1, Long.toString(after.tx()));
-            select.setLong(2, after.id());
-            try (ResultSet row = select.executeQuery()) { return row.next() && row.getBoolean(1); }
-        }
-    }
-
-    private static Stretch stretch(Following asked, Cursor after, ResultSet rows) throws SQLException {
-        List<Cursor> cursors = new ArrayList<>();
-        List<Integer> ends = new ArrayList<>();
-        ByteArrayOutputStream bytes = new ByteArrayOutputStream();
-        boolean known = true;
-        while (rows.next()) {
-            known = rows.getBoolean(7);
-            if (rows.getString(6) == null) continue; // the one row of none
-            Cursor cursor = new Cursor(Long.parseLong(rows.getString(6)), rows.getLong(1));
-            bytes.writeBytes(Events.frame("message", cursor, Json.of(message(rows))));
-            cursors.add(cursor);
-            ends.add(bytes.size());
-        }
-        return new Stretch(asked.after(), after, cursors, ends.stream().mapToInt(end -> end).toArray(),
-                bytes.toByteArray(), cursors.size() < asked.most(), known);
-    }
-
-    private static Array texts(Connection connection, Stream<String> texts) throws SQLException {
-        return connection.createArrayOf("text", texts.toArray(String[]::new));
-    }
-
-    private static Array numbers(Connection connection, Stream<Long> numbers) throws SQLException {
-        return connection.createArrayOf("bigint", numbers.toArray(Long[]::new));
-    }
-
-    private static Message message(ResultSet row) throws SQLException {
-        return new Message(row.getLong(1), row.getString(3), row.getString(4), row.getString(5),
-                micros(row.getLong(2)));
-    }
-
-    private static Instant micros(long sinceEpoch) { return Instant.EPOCH.plus(sinceEpoch, ChronoUnit.MICROS); }
-
-    @Override public void close() { Stream.of(forWrites, forReads, forPings, forEvents).forEach(Database::close); }
-}
-
-// ---------------------------------------------------------------------------------------------------- Stores: Redis
-
-/** One connection to Redis, used by one at a time, opened when first needed and again after any trouble. */
-final class RedisConnection implements AutoCloseable {
-    interface Work<T> { T with(Jedis redis); }
-
-    /** Servers, and proxies before them, close what is idle. A count can't be tried twice: so it is tested. */
-    private static final long IDLE_NANOS = 1_000_000_000;
-
-    private final Config.Redis config;
-    private final Dependency health;
-    private final JedisClientConfig client;
-    private final Refusal<JedisException> refusal = new Refusal<>(); // of a connection
-    private Jedis connection;
-    private int returnsSeen; // of the server, when this was opened
-    private long used = System.nanoTime();
-
-    RedisConnection(Config config, Dependency health) {
-        this.config = config.redis();
-        this.health = health;
-        DefaultJedisClientConfig.Builder builder = DefaultJedisClientConfig.builder().user(this.config.user())
-                .password(this.config.pass().value()).database(this.config.db())
-                .clientName("threefold-" + config.instance()).autoNegotiateProtocol(false)
-                .connectionTimeoutMillis(500).socketTimeoutMillis(1_000)
-                .blockingSocketTimeoutMillis(10_000); // a subscriber hears its own beats, see Counters
-        if (this.config.tls()) builder.sslOptions(SslOptions.builder().sslVerifyMode(SslVerifyMode.FULL).build());
-        this.client = builder.build();
-    }
-
-    /** @throws Problem 503; never repeated here, because a count that seems lost may have been counted */
-    <T> T run(Work<T> work) throws InterruptedException {
-        if (!health.mayTry()) throw Problem.unavailable("Redis is away");
-        try {
-            return attempt(work);
-        } catch (JedisException e) {
-            throw Problem.unavailable(health.failed(e) ? "Redis is away" : "Redis refused it");
-        }
-    }
-
-    /** The same also when Redis is known to be down: how its watcher finds out that it is back. */
-    synchronized <T> T attempt(Work<T> work) {
-        if (returnsSeen != health.returns()) close(); // it leads to a server that went away
-        if (connection != null && System.nanoTime() - used > IDLE_NANOS) test();
-        boolean fresh = connection == null;
-        if (fresh) {
-            Batcher.mayWait();
-            refusal.check();
-        }
-        used = System.nanoTime();
-        try {
-            returnsSeen = health.returns();
-            if (fresh) connection = open();
-            return work.with(connection);
-        } catch (JedisException e) {
-            if (connection == null && !isOutage(e)) throw refusal.of(e); // it was not let in
-            close();
-            if (fresh || !isBroken(e)) throw e;
-            throw new JedisDataException("the connection was lost", e); // of the server, the next one tells
-        }
-    }
-
-    private void test() {
-        try {
-            connection.ping();
-        } catch (JedisException e) {
-            close();
-            if (!isBroken(e)) throw e;
-        }
-    }
-
-    /** It ended, and did not just take too long: then there is no time for another one. */
-    private static boolean isBroken(JedisException e) {
-        return e instanceof JedisConnectionException && !(e.getCause() instanceof SocketTimeoutException);
-    }
-
-    /** A connection for the caller alone; to a primary, as a write of nothing proves. A replica may be behind. */
-    Jedis open() {
-        Jedis opened = new Jedis(config.master() == null ? config.hosts().getFirst() : primary(), client);
-        try {
-            opened.del(Counters.NOTHING);
-            return opened;
-        } catch (JedisException e) {
-            opened.close();
-            throw e;
-        }
-    }
-
-    /** What a Sentinel knows of the primary, as of an election: epochs are numbered. */
-    private record Elected(String host, String port, String epoch) {}
-
-    /** As most Sentinels have it: one that was cut off, or is new, still knows an earlier primary. */
-    private HostAndPort primary() {
-        Map<Elected, Integer> votes = new HashMap<>();
-        JedisException last = null;
-        for (HostAndPort host : config.hosts())
-            try {
-                Elected elected = ask(host);
-                if (votes.merge(elected, 1, Integer::sum) > config.hosts().size() / 2)
-                    return new HostAndPort(elected.host, Integer.parseInt(elected.port));
-            } catch (JedisException next) { last = next; } // ask the others
-        throw new JedisConnectionException("the Sentinels do not agree where \"" + config.master() + "\" is: "
-                + votes.keySet(), last);
-    }
-
-    private Elected ask(HostAndPort sentinel) {
-        JedisClientConfig quick = DefaultJedisClientConfig.builder().timeoutMillis(500)
-                .autoNegotiateProtocol(false).build();
-        try (Jedis connection = new Jedis(sentinel, quick)) {
-            Map<String, String> found = connection.sentinelMaster(config.master());
-            return new Elected(found.get("ip"), found.get("port"), found.get("config-epoch"));
-        }
-    }
-
-    /** Whether it speaks for the server: not there, still loading, or no primary (any more), as without replicas. */
-    static boolean isOutage(Throwable e) {
-        return e instanceof JedisConnectionException || e instanceof JedisException && e.getMessage() != null
-                && Stream.of("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS").anyMatch(e.getMessage()::contains);
-    }
-
-    @Override public synchronized void close() {
-        Jedis left = connection;
-        connection = null; // whatever comes of it: Jedis would open it again by itself, without its password
-        try {
-            if (left != null) left.close();
-        } catch (JedisException e) { /* it is lost already */ }
-    }
-}
-
-/** The visit counters, and what wakes other instances. Every other instance sees the same keys. */
-final class Counters implements AutoCloseable {
-    private static final String TOTAL = "visits:total";
-    /** Hash-tagged with the name of the other key: the two share a slot, as a Redis Cluster wants of one script. */
-    private static final String BY_INSTANCE = "{visits:total}:by-instance";
-    private static final String BY_INSTANCE_ONCE = "visits:by-instance"; // its name in the first version
-    static final String NOTHING = "visits:nothing"; // a key that is never there
-    /** What wakes the others; and, with the number of the database behind it, who is here. */
-    static final String EVENTS = "threefold:events", INSTANCES = "threefold:instances:";
-
-    // Scripts, because both keys have to change, and be read, as one: the parts always add up to the total.
-    private static final String COUNT = """
-            redis.call('HINCRBY', KEYS[2], ARGV[1], ARGV[2])
-            return redis.call('INCRBY', KEYS[1], ARGV[2])""";
-    private static final String READ = "return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2])}";
-    private static final String MERGE = """
-            local old = redis.call('HGETALL', KEYS[2])
-            for i = 1, #old, 2 do redis.call('HINCRBY', KEYS[1], old[i], old[i + 1]) end
-            redis.call('DEL', KEYS[2])""";
-
-    /**
-     * What those counted who are not here (any more) is kept as one number: names of containers come and go, and would
-     * be kept for ever. ARGV: who is here, and the name for all others.
-     */
-    private static final String FOLD = """
-            local here = {}
-            for i = 1, #ARGV do here[ARGV[i]] = true end
-            local names = redis.call('HKEYS', KEYS[1])
-            for i = 1, #names do
-              if not here[names[i]] then
-                redis.call('HINCRBY', KEYS[1], ARGV[#ARGV], redis.call('HGET', KEYS[1], names[i]))
-                redis.call('HDEL', KEYS[1], names[i])
-                redis.call('PUBLISH', 'threefold:events', 'visited')
-              end
-            end""";
-    private static final String EARLIER = "earlier instances";
-    private static final int BEATS_A_FOLD = 20;
-
-    private final Config.Redis config;
-    private final String instance;
-    private final RedisConnection forVisits, forCounts, forBeats, forWords;
-    private int beats;
-
-    Counters(Config config, Dependency health) {
-        this.config = config.redis();
-        this.instance = config.instance();
-        this.forVisits = new RedisConnection(config, health);
-        this.forCounts = new RedisConnection(config, health);
-        this.forBeats = new RedisConnection(config, health);
-        this.forWords = new RedisConnection(config, health);
-    }
-
-    /** Counts this many visits of this instance at once; returns their numbers, each given to nobody else. */
-    List<Long> count(int visits) throws InterruptedException {
-        long last = forVisits.run(redis -> {
-            Object counted = redis.eval(COUNT, List.of(TOTAL, BY_INSTANCE),
-                    List.of(instance, Integer.toString(visits)));
-            // A number that only a server that may die has must not be told: the next one would give it again.
-            if (config.waitReplicas() > 0 && redis.waitReplicas(config.waitReplicas(), 500) < config.waitReplicas())
-                throw new JedisDataException("too few replicas have the count");
-            return (Long) counted;
-        });
-        return LongStream.rangeClosed(last - visits + 1, last).boxed().toList();
-    }
-
-    /** For whoever asks. */
-    Counts read() throws InterruptedException { return read(forCounts); }
-
-    /** For the thread that tells the viewers: nobody waits for a connection that it opens. */
-    Counts look() throws InterruptedException { return read(forWords); }
-
-    private static Counts read(RedisConnection connection) throws InterruptedException {
-        List<?> found = connection.run(redis -> (List<?>) redis.eval(READ, List.of(TOTAL, BY_INSTANCE), List.of()));
-        Map<String, Long> byInstance = new TreeMap<>();
-        List<?> pairs = (List<?>) found.get(1);
-        try {
-            for (int i = 0; i + 1 < pairs.size(); i += 2)
-                byInstance.put((String) pairs.get(i), Long.valueOf((String) pairs.get(i + 1)));
-            return new Counts(found.get(0) == null ? 0L : Long.parseLong((String) found.get(0)), byInstance);
-        } catch (NumberFormatException e) {
-            throw Problem.unavailable("a count in Redis is no number");
-        }
-    }
-
-    /** Tells this word to all instances, the own one too. */
-    void publish(String word) throws InterruptedException { forWords.run(redis -> redis.publish(EVENTS, word)); }
-
-    /** Blocks for as long as the subscription lasts; on a connection of its own. */
-    void subscribe(JedisPubSub listener) {
-        try (Jedis redis = forWords.open()) { redis.subscribe(listener, EVENTS, INSTANCES + config.db()); }
-    }
-
-    /**
-     * Tells the others that this instance lives, and finds out whether Redis does.
-     *
-     * @param known the names of all that were heard of in the last minute; empty if that can't be said
-     */
-    void beat(Presence presence, Set<String> known) {
-        forBeats.attempt(redis -> {
-            redis.publish(INSTANCES + config.db(), presence.json());
-            // To write, if nothing: a server that is no primary any more would publish as before.
-            redis.del(NOTHING);
-            if (beats++ % BEATS_A_FOLD == 0) tidy(redis, known);
-            return null;
-        });
-    }
-
-    /** What goes wrong here can wait; it is no sign that Redis is away. */
-    private void tidy(Jedis redis, Set<String> known) {
-        try { // again and again: instances of the first version may run beside this one, and count in the old place
-            if (redis.exists(BY_INSTANCE_ONCE)) redis.eval(MERGE, List.of(BY_INSTANCE, BY_INSTANCE_ONCE), List.of());
-            if (!known.isEmpty()) redis.eval(FOLD, List.of(BY_INSTANCE),
-                    Stream.concat(known.stream(), Stream.of(EARLIER)).toList());
-        } catch (JedisDataException e) {
-            Log.warn("command_refused", "dependency", "redis", "reason", Log.reason(e));
-        }
-    }
-
-    /** The last word of an instance that stops. */
-    void goodbye(Presence presence) throws InterruptedException {
-        forWords.run(redis -> redis.publish(INSTANCES + config.db(), presence.as(Presence.GONE).json()));
-    }
-
-    @Override public void close() {
-        Stream.of(forVisits, forCounts, forBeats, forWords).forEach(RedisConnection::close);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------- Who is here
-
-/**
- * What an instance says of itself, and what the others make of it when it says nothing more.
- *
- * @param since             when it started, ISO 8601
- * @param requestsPerSecond answered in its last second; null if nobody knows
- */
-record Presence(String instance, String state, String since, String version, Long requestsPerSecond) {
-    static final String READY = "ready", DEGRADED = "degraded", DRAINING = "draining", SILENT = "silent",
-            GONE = "gone", UNKNOWN = "unknown";
-
-    private static final Set<String> STATES = Set.of(READY, DEGRADED, DRAINING, GONE);
-
-    /** Whether an instance can have said so. */
-    boolean isValid() {
-        return instance != null && instance.matches(Config.INSTANCE) && STATES.contains(String.valueOf(state))
-                && started() != null && version != null;
-    }
-
-    /** {@code since} as a time; null if it is none. */
-    Instant started() {
-        try {
-            return since == null ? null : Instant.parse(since);
-        } catch (DateTimeParseException e) { return null; }
-    }
-
-    Presence as(String state) { return new Presence(instance, state, since, version, null); }
-
-    String json() { return Json.of(this); }
-}
-
-/**
- * Which instances there are. Twice a second each tells all, through Redis, that it lives; as all hear the same, all
- * give the same list. Nothing of it is stored. Who is not heard is silent, then gone, then forgotten.
- *
- * <p>An instance is known by its name and its start: where a new one starts before the old one stops, both have one
- * name for a while.
- */
-final class Instances {
-    private static final long SILENT_MILLIS = 1_400, GONE_MILLIS = 10_000, FORGOTTEN_MILLIS = 60_000;
-    /** More names than this are nobody's instances. */
-    private static final int MOST = 1_000, LONGEST = 400;
-
-    private record Start(String instance, Instant started) {}
-    private record Heard(Presence said, long at) {}
-
-    private final Map<Start, Heard> heard = new ConcurrentHashMap<>();
-    private volatile boolean listening;
-    private volatile long listeningSince; // before, nobody could be heard
-
-    private static long now() { return System.nanoTime() / 1_000_000; }
-
-    /** Whether there is a subscription. */
-    void listen(boolean begun) {
-        listeningSince = now();
-        listening = begun;
-    }
-
-    /** Somebody's word. What is none is passed over: anybody who may use Redis can publish. */
-    void hear(String json) {
-        Presence said = json.length() > LONGEST ? null : Json.read(json, Presence.class);
-        if (said == null || !said.isValid()) return;
-        Start start = new Start(said.instance(), said.started());
-        if (heard.size() < MOST || heard.containsKey(start)) heard.put(start, new Heard(said, now()));
-    }
-
-    /** All, by name: web2 before web10. */
-    List<Presence> all() {
-        heard.values().removeIf(one -> listening && silence(one) > FORGOTTEN_MILLIS);
-        Map<String, Presence> byName = new TreeMap<>(HtmlPage.BY_NAME);
-        for (Heard one : heard.values()) byName.merge(one.said.instance(), seen(one), Instances::counts);
-        return List.copyOf(byName.values());
-    }
-
-    /** Of two with one name the one that counts: the younger, unless it is gone. */
-    private static Presence counts(Presence one, Presence other) {
-        boolean oneIsGone = one.state().equals(Presence.GONE), otherIsGone = other.state().equals(Presence.GONE);
-        if (oneIsGone != otherIsGone) return oneIsGone ? other : one;
-        return one.started().isAfter(other.started()) ? one : other;
-    }
-
-    private Presence seen(Heard one) {
-        boolean notHeardYet = one.at < listeningSince && silence(one) <= SILENT_MILLIS;
-        if (!listening || notHeardYet) return one.said.as(Presence.UNKNOWN);
-        if (one.said.state().equals(Presence.GONE) || silence(one) > GONE_MILLIS) return one.said.as(Presence.GONE);
-        return silence(one) > SILENT_MILLIS ? one.said.as(Presence.SILENT) : one.said;
-    }
-
-    private long silence(Heard one) { return now() - Math.max(one.at, listeningSince); }
-
-    /** Who was heard of in the last minute; empty while it has not listened for so long. */
-    Set<String> known() {
-        if (!listening || now() - listeningSince <= FORGOTTEN_MILLIS) return Set.of();
-        return all().stream().map(Presence::instance).collect(Collectors.toSet());
-    }
-
-    String json() { return Json.of(all()); }
-}
-
-// ---------------------------------------------------------------------------------------------------- Live events
-
-/**
- * What happens on any instance, told to every viewer on this one: each message once, in the order of {@link Cursor}.
- * Whoever stores or counts only wakes the others, through Redis; what is told is read from PostgreSQL. Should the word
- * be lost, or Redis be away, the look that comes each second finds it.
- *
- * <p>A viewer is a place in that order, not a queue: it asks for what follows, and those at the same place are answered
- * by one read. Who reads slowly asks seldom, and costs no more memory than a piece of 8 KB or one event.
- */
-final class Events implements AutoCloseable {
-    static final String TYPE = "text/event-stream; charset=UTF-8";
-    static final int MOST_VIEWERS = 1_024;
-    private static final int TICK_MILLIS = 50;
-    /** The words on the channel. The first version says the first one too, when it wants viewers brought up to date. */
-    private static final String STORED = "missed", VISITED = "visited";
-
-    private final Counters counters;
-    private final Batcher<Following, Stretch> following;
-    private final Instances instances;
-    private final Held held;
-    private final Metrics metrics;
-    private final Set<Viewer> viewers = ConcurrentHashMap.newKeySet();
-    private final AtomicBoolean stored = new AtomicBoolean(), visited = new AtomicBoolean(); // others have to be told
-    private final AtomicBoolean lookForMessages = new AtomicBoolean(), lookForCounts = new AtomicBoolean();
-    private volatile byte[] counts, present; // the newest, as events; null while nobody views
-    private volatile boolean closed;
-    private volatile JedisPubSub subscription;
-    private Thread teller, listener;
-
-    Events(Counters counters, Batcher<Following, Stretch> following, Instances instances, Held held, Metrics metrics) {
-        this.counters = counters;
-        this.following = following;
-        this.instances = instances;
-        this.held = held;
-        this.metrics = metrics;
-    }
-
-    void start() {
-        teller = Thread.ofPlatform().name("events").daemon().start(this::tellLoop);
-        listener = Thread.ofPlatform().name("events-wake").daemon().start(this::listenLoop);
-    }
-
-    int viewers() { return viewers.size(); }
-
-    /** These were stored here: called after their commit; hands them on. */
-    List<Saved> stored(List<Saved> saved) {
-        stored.set(true);
-        return saved;
-    }
-
-    /** These were counted here: called after it; hands them on. */
-    List<Long> counted(List<Long> numbers) {
-        visited.set(true);
-        return numbers;
-    }
-
-    /** @param last the place of what the viewer was told last, null if nothing */
-    void join(HttpServerExchange exchange, Cursor last) {
-        if (viewers() >= MOST_VIEWERS) throw Problem.overloaded();
-        exchange.setPersistent(false); // a stream ends with its connection
-        exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, TYPE);
-        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
-            Viewer viewer = new Viewer(exchange, last);
-            viewers.add(viewer);
-            viewer.pump();
-        });
-    }
-
-    /** One event as bytes. The data has no line ends: it is JSON of one line. */
-    static byte[] frame(String event, Cursor id, String data) {
-        return ((id == null ? "" : "id: " + id + '\n') + "event: " + event + "\ndata: " + data + "\n\n")
-                .getBytes(UTF_8);
-    }
-
-    private void tellLoop() {
-        long looked = System.nanoTime();
-        for (long tick = 1; !closed && Http.pause(TICK_MILLIS); tick++) {
-            boolean second = System.nanoTime() - looked > 1_000_000_000L; // a look, whoever said what
-            if (second) looked = System.nanoTime();
-            attempt(() -> wakeOthers(stored, lookForMessages, STORED));
-            if (lookForMessages.getAndSet(false) || second) viewers.forEach(Viewer::wake);
-            if (tick % 6 != 0) continue; // visits and instances: at most four events a second
-            attempt(() -> wakeOthers(visited, lookForCounts, VISITED));
-            attempt(this::readCounts);
-            attempt(this::lookAround);
-        }
-    }
-
-    /** Nothing ends the thread. What is away now is there at a later tick. */
-    private void attempt(Http.Action step) {
-        try {
-            step.run();
-        } catch (Problem away) { // whoever watches it has logged it
-        } catch (InterruptedException e) {
-            Thread.currentThread().interrupt();
-        } catch (Throwable e) {
-            Log.warn("unexpected", "thread", "events", "reason", Log.reason(e));
-        }
-    }
-
-    private void wakeOthers(AtomicBoolean happened, AtomicBoolean look, String word) throws InterruptedException {
-        if (!happened.getAndSet(false)) return;
-        look.set(true); // here at once, also while Redis is away
-        try {
-            counters.publish(word);
-        } catch (Problem away) { // they look by themselves each second; of visits, Redis is the only one to know
-            if (word.equals(VISITED)) happened.set(true);
-        }
-    }
-
-    private void readCounts() throws InterruptedException {
-        if (viewers.isEmpty()) counts = null;
-        else if (lookForCounts.getAndSet(false) || counts == null) {
-            try {
-                counts = frame("visit", null, Json.of(counters.look()));
-            } catch (Problem away) {
-                lookForCounts.set(true);
-            }
-            viewers.forEach(Viewer::wake);
-        }
-    }
-
-    private void lookAround() {
-        byte[] newest = viewers.isEmpty() ? null : frame("instances", null, instances.json());
-        if (Arrays.equals(newest, present)) return;
-        present = newest;
-        viewers.forEach(Viewer::wake);
-    }
-
-    /** Its own word comes each half second (see Counters.beat), so that a dead subscription is noticed. */
-    private void listenLoop() {
-        while (!closed) {
-            attempt(() -> listen(new JedisPubSub() {
-                @Override public void onSubscribe(String channel, int count) { // what was said meanwhile is lost
-                    if (closed) unsubscribe();
-                    instances.listen(true);
-                    lookForMessages.set(true);
-                    lookForCounts.set(true);
-                }
-
-                @Override public void onMessage(String channel, String word) { // version 1 tells the visits themselves
-                    if (channel.startsWith(Counters.INSTANCES)) instances.hear(word);
-                    else if (word.equals(VISITED) || word.startsWith("visits")) lookForCounts.set(true);
-                    else lookForMessages.set(true);
-                }
-            }));
-            instances.listen(false);
-            if (!Http.pause(250)) return;
-        }
-    }
-
-    private void listen(JedisPubSub listener) {
-        subscription = listener;
-        try {
-            counters.subscribe(listener);
-        } catch (JedisException away) { /* whoever watches it has logged it */ }
-    }
-
-    /** Ends the streams; browsers come back to another instance and say what they saw last. */
-    void endStreams() {
-        closed = true;
-        viewers.forEach(Viewer::wake);
-    }
-
-    /** After the last request: what that stored is told to the others now, not a second later. */
-    @Override public void close() {
-        closed = true;
-        if (teller == null) return;
-        attempt(() -> wakeOthers(stored, lookForMessages, STORED));
-        attempt(() -> wakeOthers(visited, lookForCounts, VISITED));
-        attempt(() -> { if (subscription != null && subscription.isSubscribed()) subscription.unsubscribe(); });
-        teller.interrupt();
-        listener.interrupt();
-    }
-
-    /** One open stream. All of it happens on the I/O thread of its connection; other threads only {@link #wake} it. */
-    private final class Viewer {
-        /** What is sent at once, in whole events: as much as a reader who stops may leave in our memory. */
-        private static final int PIECE = 8 * 1024;
-        /** Events that are read at once; fewer for who does not take them all, since the rest is read again. */
-        private static final int READ_MOST = 100, READ_SLOWLY = 10;
-        private static final long HEARTBEAT_NANOS = 15_000_000_000L, STUCK_NANOS = 30_000_000_000L;
-        /** An event and no comment, so that scripts see it; a comment keeps the connection alone. */
-        private static final byte[] HEARTBEAT = frame("heartbeat", null, "{}");
-
-        private final HttpServerExchange exchange;
-        private final StreamSinkChannel sink;
-        private Cursor told;             // up to where it has been told; null: ask where "now" is
-        private boolean gap;             // what lies between `lost` and "now" is not told
-        private Cursor lost;             // the place where it was; null if it has none
-        private boolean wanted = true, asking; // what follows its place
-        private boolean slow;            // it took less than was read for it
-        private boolean begun, gone;
-        private byte[] toldCounts, toldPresent;
-        private ByteBuffer unsent = ByteBuffer.allocate(0);
-        private int heldBytes;
-        private long lastSent = System.nanoTime(), lastHeartbeat = lastSent;
-
-        Viewer(HttpServerExchange exchange, Cursor last) {
-            this.exchange = exchange;
-            this.told = last;
-            this.sink = exchange.getResponseChannel();
-            sink.getWriteSetter().set(channel -> pump());
-            exchange.getConnection().addCloseListener(connection -> leave());
-        }
-
-        void wake() { exchange.getIoThread().execute(this::goOn); }
-
-        private void goOn() {
-            wanted = true;
-            pump();
-        }
-
-        private void pump() {
-            try {
-                while (!gone && flushed() && hasMore()) { /* it is in `unsent` */ }
-            } catch (IOException e) { leave(); } // it went away
-        }
-
-        private boolean hasMore() throws IOException {
-            sink.suspendWrites();
-            byte[] newest = counts, around = present;
-            if (closed) end();
-            else if (begun && gap && told != null) {
-                gap = false;
-                return put("gap", frame("gap", told, Json.object("after", lost)));
-            } else if (begun && newest != null && newest != toldCounts) return put("visit", toldCounts = newest);
-            else if (begun && around != null && around != toldPresent) return put("instances", toldPresent = around);
-            else if (begun && System.nanoTime() - lastHeartbeat > HEARTBEAT_NANOS) {
-                lastHeartbeat = System.nanoTime();
-                return put("heartbeat", HEARTBEAT);
-            } else ask();
-            return false;
-        }
-
-        private boolean put(String event, byte[] bytes) {
-            if (event != null) metrics.told(event, 1);
-            unsent = ByteBuffer.wrap(bytes);
-            return true;
-        }
-
-        private void ask() {
-            if (!wanted || asking) return;
-            wanted = false;
-            Following next = new Following(told == null ? Cursor.NOW : told, slow ? READ_SLOWLY : READ_MOST,
-                    !begun && told != null);
-            asking = following.offer(next, exchange.getIoThread(), (stretch, failure) -> {
-                asking = false;
-                wanted |= failure != null; // PostgreSQL is away, or has too much to do: it asks again when it is woken
-                if (!begun) begin(stretch);
-                try {
-                    if (!gone && failure == null) answered(stretch);
-                } catch (IOException e) { leave(); }
-                pump();
-            });
-            wanted |= !asking;
-        }
-
-        /** Who sees it begin is told all from then on; and when it comes again, since it knows where it was. */
-        private void begin(Stretch stretch) {
-            if (told == null && stretch == null) gap = true;
-            if (told == null && !gap) told = stretch.upTo();
-            begun = put(null, ((told == null ? "" : "id: " + told + "\n") + "retry: 1000\n\n").getBytes(UTF_8));
-        }
-
-        private void answered(Stretch stretch) throws IOException {
-            if (!stretch.known()) { // then from now on
-                gap = wanted = true;
-                lost = told;
-                told = null;
-            } else if (told == null) told = stretch.upTo();
-            else tell(stretch);
-        }
-
-        /** In pieces. What a reader who stops does not take is let go, and read again when it goes on. */
-        private void tell(Stretch stretch) throws IOException {
-            List<Cursor> cursors = stretch.cursors();
-            int[] ends = stretch.ends();
-            for (int first = stretch.firstAfter(told), last; first < ends.length; first = last + 1) {
-                int begin = first == 0 ? 0 : ends[first - 1];
-                for (last = first; last + 1 < ends.length && ends[last + 1] - begin <= PIECE; ) last++;
-                if (!flushed()) {
-                    wanted = slow = true;
-                    return;
-                }
-                told = cursors.get(last);
-                metrics.told("message", last - first + 1);
-                unsent = ByteBuffer.wrap(stretch.bytes(), begin, ends[last] - begin);
-            }
-            slow = false;
-            // Whoever catches up lets others have their turn between two reads.
-            if (!stretch.whole()) exchange.getIoThread().executeAfter(this::goOn, 1, TimeUnit.MILLISECONDS);
-        }
-
-        /** Whether all that was begun is sent. */
-        private boolean flushed() throws IOException {
-            while (unsent.hasRemaining()) {
-                if (sink.write(unsent) == 0) return waitForReader();
-                lastSent = System.nanoTime();
-            }
-            if (begun && !sink.flush()) return waitForReader(); // before, not even the head: its place is not known yet
-            hold(0);
-            return true;
-        }
-
-        /** Keeps of what waits no more than that. A reader who is stuck comes again and says where it was. */
-        private boolean waitForReader() {
-            if (heldBytes == 0) {
-                byte[] left = new byte[unsent.remaining()];
-                unsent.get(left);
-                unsent = ByteBuffer.wrap(left);
-            }
-            hold(unsent.remaining());
-            if (System.nanoTime() - lastSent > STUCK_NANOS || !held.hasRoomFor(0) || closed) leave();
-            else sink.resumeWrites();
-            return false;
-        }
-
-        private void hold(int bytes) {
-            held.add(bytes - heldBytes);
-            heldBytes = bytes;
-        }
-
-        private void end() throws IOException {
-            gone = true;
-            viewers.remove(this);
-            sink.shutdownWrites();
-            sink.getWriteSetter().set(ChannelListeners.flushingChannelListener(null,
-                    (channel, e) -> IoUtils.safeClose(exchange.getConnection())));
-            if (!sink.flush()) sink.resumeWrites();
-        }
-
-        private void leave() {
-            if (gone) return;
-            gone = true;
-            hold(0);
-            viewers.remove(this);
-            IoUtils.safeClose(sink, exchange.getConnection());
-            exchange.endExchange();
-        }
-    }
-}
-
-// --------------------------------------------------------------------------------------------------- HTTP plumbing
-
-/**
- * All bytes in memory that wait for a client to take them, or to send the rest: one bound for the instance, however
- * many clients are slow. Beyond it, pages are answered with 503, and the stream of a viewer who is slow ends.
- */
-final class Held {
-    /** A quarter of the heap that the image has. */
-    private static final int BYTES_MOST = 16 * 1024 * 1024;
-    private final AtomicInteger bytes = new AtomicInteger();
-
-    int bytes() { return bytes.get(); }
-
-    boolean hasRoomFor(int more) { return bytes.get() + more <= BYTES_MOST; }
-
-    void add(int more) { bytes.addAndGet(more); }
-}
-
-/** What every request goes through: ids, limits, its route, its answer, and the one exit for errors. */
-final class Http implements AutoCloseable {
-    /** Any legal message fits, however it is encoded: 2,080 characters as `\\u` escapes of two halves are 25 KB. */
-    static final int BODY_MOST = 32 * 1024;
-    /** nginx sets it on every request, and the same on each of its tries; what a client sends there is overwritten. */
-    static final HttpString PROXY_REQUEST_ID = new HttpString("X-Proxy-Request-Id");
-    static final Pattern SANE_ID = Pattern.compile("[A-Za-z0-9._:-]{1,100}");
-    private static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
-    private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
-    private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
-    /** What a client may ask by. Of a query nothing else is kept: a stream has its request in memory for hours. */
-    private static final Set<String> PARAMETERS = Set.of("after", "before", "limit");
-    private static final AttachmentKey<String> REFUSED_BECAUSE = AttachmentKey.create(String.class);
-    private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
-    private static final AttachmentKey<Integer> HELD = AttachmentKey.create(Integer.class);
-    /** Below this an answer is always sent; above, it needs room in {@link Held}. */
-    private static final int LARGE = 16 * 1024;
-    /** A body is in memory as its bytes and as text, whose letters take two bytes each. */
-    private static final int BODY_COPIES = 3;
-
-    interface Action { void run() throws Throwable; }
-    interface Reply<A> { void send(HttpServerExchange exchange, A answer) throws Throwable; }
-    interface Outcome<A> { void send(HttpServerExchange exchange, A answer, Throwable failure) throws Throwable; }
-
-    private final Config config;
-    private final Held held;
-    private final Metrics metrics;
-    private final AtomicInteger inFlight = new AtomicInteger();
-    private final LongAdder answered = new LongAdder();
-    private final Rate rate = new Rate();
-    private volatile boolean draining;
-    private XnioWorker worker;
-    private Undertow server;
-
-    Http(Config config, Held held, Metrics metrics) {
-        this.config = config;
-        this.held = held;
-        this.metrics = metrics;
-    }
-
-    int inFlight() { return inFlight.get(); }
-
-    /** Answers of the last second or so; for one caller, who asks more than once a second. */
-    long requestsPerSecond() { return rate.of(answered.sum()); }
-    boolean isDraining() { return draining; }
-    boolean isListening() { return server != null; }
-    int port() { return ((InetSocketAddress) server.getListenerInfo().getFirst().getAddress()).getPort(); }
-
-    /** @throws Config.Invalid if the address or the port can't be had */
-    void listen(List<Route> routes) throws Config.Invalid, IOException {
-        worker = Xnio.getInstance().createWorker(OptionMap.builder().set(Options.WORKER_NAME, "http")
-                // Each I/O thread costs a wake-up a batch, so one for two cores; none waits for longer than a batch.
-                .set(Options.WORKER_IO_THREADS, Math.max(1, Runtime.getRuntime().availableProcessors() / 2))
-                .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
-        HttpHandler router = router(routes);
-        Undertow built = Undertow.builder()
-                // Java takes 0.0.0.0 for all addresses of both kinds, and :: fails where IPv6 is switched off.
-                .addHttpListener(config.port(), config.host().equals("::") ? "0.0.0.0" : config.host())
-                .setWorker(worker)
-                .setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 4))
-                .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router)))
-                // What the kernel keeps for a reader who stops is our memory too; left alone, it grows to 4 MB each.
-                .setSocketOption(Options.SEND_BUFFER, 32 * 1024)
-                .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
-                .setServerOption(UndertowOptions.MAX_ENTITY_SIZE, 32L * BODY_MOST) // up to here a 413 reads to the end
-                .setServerOption(UndertowOptions.MAX_HEADER_SIZE, 48 * 1024)       // more than nginx lets through
-                .setServerOption(UndertowOptions.MAX_HEADERS, 1_100)                 // nginx lets 1,000 through
-                .setServerOption(UndertowOptions.MAX_PARAMETERS, 4 * 1024)          // as many as nginx lets through
-                .setServerOption(UndertowOptions.REQUEST_PARSE_TIMEOUT, 10_000)
-                .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
-                .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
-                .setServerOption(UndertowOptions.ALWAYS_SET_KEEP_ALIVE, false)
-                .setServerOption(UndertowOptions.ENABLE_HTTP2, false)
-                .build();
-        try {
-            built.start();
-            server = built;
-        } catch (RuntimeException e) {
-            throw new Config.Invalid("HOST=\"" + config.host() + "\" and PORT=\"" + config.port()
-                    + "\" cannot be used: it needs an address of this machine and a port that is free and allowed ("
-                    + Log.reason(e) + ")");
-        }
-    }
-
-    /** From the table: 404 for an unknown path, 405 with what is allowed for an unknown method. */
-    private static HttpHandler router(List<Route> routes) {
-        HttpHandler nothing = exchange -> { throw Problem.notFound("there is nothing here"); };
-        PathTemplateHandler paths = new PathTemplateHandler(nothing, false);
-        Map<String, Map<String, HttpHandler>> byPath = new LinkedHashMap<>();
-        for (Route route : routes) {
-            Map<String, HttpHandler> methods = byPath.computeIfAbsent(route.path(), path -> new LinkedHashMap<>());
-            methods.put(route.method(), route.handler());
-            if (route.method().equals("GET")) methods.put("HEAD", route.handler());
-        }
-        byPath.forEach((path, methods) -> {
-            String allow = String.join(", ", methods.keySet()) + ", OPTIONS";
-            paths.add(path, exchange -> {
-                exchange.putAttachment(ROUTE, path);
-                HttpHandler handler = methods.get(exchange.getRequestMethod().toString());
-                if (handler != null) handler.handleRequest(exchange);
-                else tellMethods(exchange, allow);
-            });
-        });
-        return exchange -> (isPlain(exchange) ? paths : nothing).handleRequest(exchange);
-    }
-
-    /**
-     * Whether the path was sent as it is read here, without escapes and without parameters after a `;`. A path has this
-     * one spelling, so that no proxy takes it for another path than we do, and lets it pass the limits of its own.
-     */
-    private static boolean isPlain(HttpServerExchange exchange) {
-        String sent = exchange.getRequestURI();
-        return exchange.isHostIncludedInRequestURI() ? sent.indexOf('%') < 0 && sent.indexOf(';') < 0
-                : sent.equals(exchange.getRequestPath());
-    }
-
-    private static void tellMethods(HttpServerExchange exchange, String allow) {
-        exchange.getResponseHeaders().put(Headers.ALLOW, allow);
-        if (!exchange.getRequestMethod().equals(Methods.OPTIONS)) throw Problem.methodNotAllowed(allow);
-        exchange.setStatusCode(204);
-        exchange.endExchange();
-    }
-
-    /** Every request: ids, the count of those in flight, then its route; the one exit for errors around it. */
-    private void begin(HttpServerExchange exchange, HttpHandler router) {
-        String id = exchange.getRequestHeaders().getFirst(X_REQUEST_ID);
-        if (id == null || !SANE_ID.matcher(id).matches())
-            id = Long.toHexString(ThreadLocalRandom.current().nextLong() | Long.MIN_VALUE);
-        letGoOfParameters(exchange);
-        exchange.getResponseHeaders().put(X_INSTANCE_ID, config.instance());
-        exchange.getResponseHeaders().put(X_REQUEST_ID, id);
-        exchange.getResponseHeaders().put(X_CONTENT_TYPE_OPTIONS, "nosniff");
-        if (draining) exchange.setPersistent(false);
-        inFlight.incrementAndGet();
-        exchange.addExchangeCompleteListener((ended, next) -> {
-            inFlight.decrementAndGet();
-            answered.increment();
-            finished(ended);
-            next.proceed();
-        });
-        guarded(exchange, () -> router.handleRequest(exchange));
-    }
-
-    /** Thousands of them take fifty times as much memory as in the URL. Of one name the last counts. */
-    private static void letGoOfParameters(HttpServerExchange exchange) {
-        if (exchange.getQueryString().isEmpty()) return;
-        exchange.getQueryParameters().keySet().retainAll(PARAMETERS);
-        exchange.getQueryParameters().replaceAll((name, values) -> new ArrayDeque<>(List.of(values.getLast())));
-    }
-
-    private void finished(HttpServerExchange exchange) {
-        Integer bytes = exchange.getAttachment(HELD);
-        if (bytes != null) held.add(-bytes);
-        String route = Objects.requireNonNullElse(exchange.getAttachment(ROUTE), "(none)");
-        String method = shortened(exchange.getRequestMethod().toString());
-        String path = shortened(exchange.getRequestPath());
-        long nanos = System.nanoTime() - exchange.getRequestStartTime();
-        metrics.request(route, method, exchange.getStatusCode(), nanos);
-        if (exchange.getStatusCode() >= 400)
-            Log.warn("refused", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "reason", exchange.getAttachment(REFUSED_BECAUSE));
-        else if (callerWantsTrace(exchange))
-            Log.info("answered", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "millis", nanos / 1_000_000.0);
-    }
-
-    /** Of a client's text, as much as a line of the log needs. */
-    private static String shortened(String text) {
-        return text.length() <= 200 ? text : text.substring(0, 200) + "...";
-    }
-
-    /** A caller that names its request wants to find it again; other requests nginx's log tells of. */
-    private static boolean callerWantsTrace(HttpServerExchange exchange) {
-        String id = exchange.getRequestHeaders().getFirst(X_REQUEST_ID);
-        return id != null && !id.equals(exchange.getRequestHeaders().getFirst(PROXY_REQUEST_ID));
-    }
-
-    private static String requestId(HttpServerExchange exchange) {
-        return exchange.getResponseHeaders().getFirst(X_REQUEST_ID);
-    }
-
-    void guarded(HttpServerExchange exchange, Action action) {
-        try {
-            action.run();
-        } catch (Problem problem) {
-            sendProblem(exchange, problem);
-        } catch (Throwable e) {
-            Log.warn("unexpected", "request", requestId(exchange), "reason", Log.reason(e), "at",
-                    Stream.of(e.getStackTrace()).findFirst().orElse(null));
-            sendProblem(exchange, Problem.unexpected());
-        }
-    }
-
-    /** Asks a batcher and answers later, on the exchange's own I/O thread. Failure: the problem it names. */
-    <Q, A> void ask(HttpServerExchange exchange, Batcher<Q, A> batcher, Q question, Reply<A> reply) {
-        askOutcome(exchange, batcher, question, (ex, answer, failure) -> {
-            if (failure != null) throw failure;
-            reply.send(ex, answer);
-        });
-    }
-
-    /** The same, but a dependency that is away is answered with {@code otherwise}. */
-    <Q, A> void askOr(HttpServerExchange exchange, Batcher<Q, A> batcher, Q question, A otherwise, Reply<A> reply) {
-        askOutcome(exchange, batcher, question, (ex, answer, failure) -> {
-            if (failure != null && !(failure instanceof Problem)) throw failure;
-            reply.send(ex, failure == null ? answer : otherwise);
-        });
-    }
-
-    <Q, A> void askOutcome(HttpServerExchange exchange, Batcher<Q, A> batcher, Q question, Outcome<A> outcome) {
-        exchange.dispatch(SameThreadExecutor.INSTANCE, () -> {
-            boolean taken = batcher.offer(question, exchange.getIoThread(), (answer, failure) ->
-                    Connectors.executeRootHandler(ex -> guarded(ex, () -> outcome.send(ex, answer, failure)),
-                            exchange));
-            if (!taken) Connectors.executeRootHandler(ex -> sendProblem(ex, Problem.overloaded()), exchange);
-        });
-    }
-
-    /** The whole body, of at most {@link #BODY_MOST} bytes; what says that it is longer is not even begun. */
-    void readBody(HttpServerExchange exchange, Reply<byte[]> then) {
-        long length = exchange.getRequestContentLength();
-        if (length > BODY_MOST) {
-            exchange.setPersistent(false); // what is left of the body would be taken for the next request
-            throw Problem.tooLarge();
-        }
-        hold(exchange, BODY_COPIES * (length < 0 ? BODY_MOST : (int) length), 0);
-        exchange.getRequestReceiver().setMaxBufferSize(BODY_MOST);
-        exchange.getRequestReceiver().receiveFullBytes(
-                (ex, bytes) -> guarded(ex, () -> then.send(ex, bytes)),
-                (ex, e) -> {
-                    ex.setPersistent(false);
-                    sendProblem(ex, e instanceof Receiver.RequestToLargeException ? Problem.tooLarge()
-                            : Problem.badRequest("the body could not be read"));
-                });
-    }
-
-    /** Counts bytes that stay in memory until the exchange is over; fewer than {@code free} are always allowed. */
-    private void hold(HttpServerExchange exchange, int bytes, int free) {
-        if (bytes >= free && !held.hasRoomFor(bytes)) throw Problem.overloaded();
-        held.add(bytes);
-        exchange.putAttachment(HELD, Objects.requireNonNullElse(exchange.getAttachment(HELD), 0) + bytes);
-    }
-
-    static boolean wantsHtml(HttpServerExchange exchange) {
-        HeaderValues accept = exchange.getRequestHeaders().get(Headers.ACCEPT);
-        return accept != null && Accept.prefersHtml(String.join(",", accept));
-    }
-
-    /** JSON or the page's form, nothing else. */
-    static boolean isForm(HttpServerExchange exchange) {
-        if (exchange.getRequestHeaders().contains(Headers.CONTENT_ENCODING)) throw Problem.unsupportedMediaType();
-        String type = exchange.getRequestHeaders().getFirst(Headers.CONTENT_TYPE);
-        String[] parts = type == null ? new String[] {""} : type.toLowerCase(Locale.ROOT).split(";", 2);
-        boolean utf8 = parts.length < 2 || !parts[1].contains("charset") || parts[1].contains("utf-8");
-        if (utf8 && parts[0].strip().equals("application/x-www-form-urlencoded")) return true;
-        if (utf8 && parts[0].strip().equals("application/json")) return false;
-        throw Problem.unsupportedMediaType();
-    }
-
-    static String utf8(byte[] bytes) {
-        try {
-            return UTF_8.newDecoder().decode(ByteBuffer.wrap(bytes)).toString();
-        } catch (CharacterCodingException e) {
-            throw Problem.badRequest("the body is not UTF-8");
-        }
-    }
-
-    void sendJson(HttpServerExchange exchange, int status, String json) {
-        send(exchange, status, "application/json", json.getBytes(UTF_8));
-    }
-
-    /** @throws Problem 503 for a large answer while too much waits for slow readers */
-    void send(HttpServerExchange exchange, int status, String type, byte[] body) {
-        hold(exchange, body.length, LARGE);
-        exchange.setStatusCode(status);
-        exchange.getResponseHeaders().put(Headers.CONTENT_TYPE, type);
-        if (!exchange.getResponseHeaders().contains(Headers.CACHE_CONTROL))
-            exchange.getResponseHeaders().put(Headers.CACHE_CONTROL, "no-store");
-        if (body.length < LARGE) exchange.getResponseSender().send(ByteBuffer.wrap(body));
-        else sendLarge(exchange, body);
-    }
-
-    /** In two parts: what Undertow writes together with the head, the connection keeps until its next answer. */
-    private static void sendLarge(HttpServerExchange exchange, byte[] body) {
-        int first = 1_024;
-        exchange.setResponseContentLength(body.length);
-        exchange.getResponseSender().send(ByteBuffer.wrap(Arrays.copyOf(body, first)), new DefaultIoCallback() {
-            @Override public void onComplete(HttpServerExchange ex, Sender sender) {
-                sender.send(ByteBuffer.wrap(body, first, body.length - first));
-            }
-        });
-    }
-
-    private void sendProblem(HttpServerExchange exchange, Problem problem) {
-        if (exchange.isResponseStarted()) return;
-        say(exchange, problem);
-        send(exchange, problem.status(), "application/problem+json", problem.json().getBytes(UTF_8));
-    }
-
-    /** Why, for the log, and whether it helps to come again. */
-    static void say(HttpServerExchange exchange, Problem problem) {
-        exchange.putAttachment(REFUSED_BECAUSE, problem.getMessage());
-        if (problem.status() == 503) exchange.getResponseHeaders().put(Headers.RETRY_AFTER, 1);
-    }
-
-    /** For this long, every answer says that its connection ends; then the port closes. */
-    void drain(int millis) {
-        draining = true;
-        pause(millis);
-        server.stop(); // the port only: connections belong to the worker
-    }
-
-    void awaitAnswers(int mostMillis) {
-        for (int waited = 0; inFlight.get() > 0 && waited < mostMillis; waited += 10) pause(10);
-    }
-
-    /** @return false if the thread was interrupted meanwhile, and stays so */
-    static boolean pause(int millis) {
-        try {
-            Thread.sleep(millis);
-            return true;
-        } catch (InterruptedException e) {
-            Thread.currentThread().interrupt();
-            return false;
-        }
-    }
-
-    @Override public void close() {
-        if (worker != null) worker.shutdownNow();
-    }
-}
-
-/**
- * How much a client likes a media type (RFC 9110, 12.5.1): by the range that names it most exactly.
- *
- * @param exactness 0 for any type, 2 for `text/*`, 4 for `text/html`, one more with its charset; -1: nothing names it
- */
-record Accept(int exactness, double quality) {
-    private static final Pattern QUOTED = Pattern.compile("\"[^\"]*\""),
-            WEIGHT = Pattern.compile("0(\\.[0-9]{0,3})?|1(\\.0{0,3})?");
-
-    /** There are HTML and JSON. If both are liked as much, HTML has to be named as exactly, and not by any type. */
-    static boolean prefersHtml(String header) {
-        String ranges = QUOTED.matcher(header.toLowerCase(Locale.ROOT))
-                .replaceAll(quoted -> quoted.group().equals("\"utf-8\"") ? "utf-8" : "_"); // may hold a comma
-        Accept html = of(ranges, "text", "html"), json = of(ranges, "application", "json");
-        return html.quality > 0 && (html.quality > json.quality || html.quality == json.quality
-                && html.exactness > 1 && html.exactness >= json.exactness);
-    }
-
-    private static Accept of(String ranges, String type, String subtype) {
-        Accept best = new Accept(-1, 0);
-        for (String range : ranges.split(",")) {
-            String[] parts = range.split(";");
-            String name = parts.length == 0 ? "" : parts[0].strip();
-            int exactness = name.equals("*/*") ? 0 : name.equals(type + "/*") ? 2
-                    : name.equals(type + '/' + subtype) ? 4 : -1;
-            double quality = 1;
-            for (int i = 1; i < parts.length && exactness >= 0; i++) {
-                String parameter = parts[i].strip();
-                if (parameter.startsWith("q=") && WEIGHT.matcher(parameter.substring(2)).matches())
-                    quality = Double.parseDouble(parameter.substring(2));
-                else if (parameter.equals("charset=utf-8")) exactness++;
-                else if (!parameter.isEmpty()) exactness = -1; // a variant that there is not, or no weight
-            }
-            if (exactness > best.exactness) best = new Accept(exactness, quality);
-        }
-        return best;
-    }
-}
-
-/** Of a number that only grows: by how much in a second, looked at once a second at most. */
-final class Rate {
-    private long last, began = System.nanoTime(), perSecond;
-
-    long of(long number) {
-        double seconds = (System.nanoTime() - began) / 1e9;
-        if (seconds > 0.9) {
-            perSecond = Math.round((number - last) / seconds);
-            last = number;
-            began = System.nanoTime();
-        }
-        return perSecond;
-    }
-}
-
-/** Says no, in the terms of RFC 9457. Thrown anywhere, answered in one place; {@code errors} are by field. */
-@SuppressWarnings("serial")
-final class Problem extends RuntimeException {
-    private final int status;
-    private final String title;
-    private final Map<String, String> errors;
-
-    private Problem(int status, String title, String detail, Map<String, String> errors) {
-        super(detail, null, false, false); // a refusal is no accident: it has no stack trace
-        this.status = status;
-        this.title = title;
-        this.errors = errors;
-    }
-
-    private static Problem of(int status, String title, String detail) {
-        return new Problem(status, title, detail, Map.of());
-    }
-
-    static Problem badRequest(String detail) { return of(400, "Bad Request", detail); }
-    static Problem notFound(String detail) { return of(404, "Not Found", detail); }
-    static Problem methodNotAllowed(String allow) { return of(405, "Method Not Allowed", "allowed here: " + allow); }
-    static Problem tooLarge() {
-        return of(413, "Content Too Large", "a body may have " + Http.BODY_MOST + " bytes");
-    }
-    static Problem unsupportedMediaType() {
-        return of(415, "Unsupported Media Type",
-                "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8 and not encoded");
-    }
-    static Problem fields(Map<String, String> errors) {
-        return new Problem(422, "Unprocessable Content", String.join("; ", errors.values()), errors);
-    }
-    static Problem keyReused() {
-        return of(422, "Unprocessable Content", "this Idempotency-Key was used for another message");
-    }
-    static Problem unavailable(String detail) { return of(503, "Service Unavailable", detail); }
-    static Problem overloaded() { return unavailable("too many requests are waiting"); }
-    static Problem unexpected() { return of(500, "Internal Server Error", "this should not happen; it was logged"); }
-
-    int status() { return status; }
-    Map<String, String> errors() { return errors; }
-
-    String json() {
-        Map<String, Object> members = new LinkedHashMap<>();
-        members.put("type", "about:blank");
-        members.put("title", title);
-        members.put("status", status);
-        members.put("detail", getMessage());
-        if (!errors.isEmpty()) members.put("errors", errors);
-        return Json.of(members);
     }
 }
 
@@ -2715,162 +2718,39 @@ final class Json {
     static <T> T read(String json, Class<T> type) {
         try {
             return GSON.fromJson(json, type);
-        } catch (JsonParseException e) {
-            return null;
-        }
+        } catch (JsonParseException e) { return null; }
     }
 
-    /** @throws Problem 400 for what is not strict JSON (RFC 8259), not an object, or names a field twice */
-    static Map<String, JsonElement> parse(String json) {
+    /** @throws JsonParseException for what is not strict JSON (RFC 8259), not an object, or names a field twice */
+    static Map<String, JsonElement> parseObject(String json) {
         // Gson would take a list of pairs for a map as well.
-        if (!json.stripLeading().startsWith("{")) throw Problem.badRequest("the body has to be a JSON object");
+        if (!json.stripLeading().startsWith("{")) throw new JsonParseException("the body has to be a JSON object");
         try {
             return GSON.fromJson(json, OBJECT);
         } catch (JsonParseException e) {
             boolean twice = String.valueOf(e.getMessage()).startsWith("Duplicate key");
-            throw Problem.badRequest(twice ? "the JSON object has a field twice" : "the body is not valid JSON");
+            throw new JsonParseException(twice ? "the JSON object has a field twice" : "the body is not valid JSON");
         }
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------- The page
-
-/** What was typed into the form, and what is wrong with it: by field, or as a whole. */
-record Form(String author, String body, Map<String, String> errors, String trouble) {
-    static final Form EMPTY = new Form("", "", Map.of(), null);
-
-    static Form of(byte[] sent, Problem problem) {
-        Map<String, String> fields;
-        try {
-            fields = Draft.formFields(sent);
-        } catch (Problem unreadable) { fields = Map.of(); } // then there is nothing to give back
-        return new Form(fields.getOrDefault("author", ""), fields.getOrDefault("body", ""), problem.errors(),
-                problem.errors().isEmpty() ? "Not stored: " + problem.getMessage() + "." : null);
-    }
-
-    boolean isRefused() { return trouble != null || !errors.isEmpty(); }
-}
-
-/** The page at /, whole and usable before any script runs: page/page.html, with its style and script inside. */
-final class HtmlPage {
-    private static final HttpString CONTENT_SECURITY_POLICY = new HttpString("Content-Security-Policy");
-    private static final HttpString X_FRAME_OPTIONS = new HttpString("X-Frame-Options");
-    /** web1, web2, … web10. */
-    static final Comparator<String> BY_NAME =
-            Comparator.comparing(String::length).thenComparing(Comparator.naturalOrder());
-
-    private final String style = Service.resource("/page.css"), script = Service.resource("/page.js");
-    private final Template template = template(Service.resource("/page.html"));
-    private final String policy = "default-src 'none'; style-src " + sha256(style) + "; script-src " + sha256(script)
-            + "; connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
-            + "require-trusted-types-for 'script'";
-
-    void securityHeaders(HttpServerExchange exchange) {
-        exchange.getResponseHeaders().put(CONTENT_SECURITY_POLICY, policy);
-        exchange.getResponseHeaders().put(Headers.REFERRER_POLICY, "no-referrer");
-        exchange.getResponseHeaders().put(X_FRAME_OPTIONS, "DENY");
-    }
-
-    byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
-            List<Presence> present, Form form) {
-        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
-                .getBytes(UTF_8);
-    }
-
-    /** A name that the template asks for and that is missing here is an error. */
-    private static Template template(String html) {
-        String[][] escapes = {{"&", "&amp;"}, {"<", "&lt;"}, {">", "&gt;"}, {"\"", "&quot;"}, {"'", "&#39;"},
-            {"\r", "&#13;"}}; // a browser would make LF of a bare CR
-        return Mustache.compiler().withEscaper(Escapers.simple(escapes)).nullValue("").strictSections(true)
-                .withLoader(name -> new StringReader(row(html, name))).compile(html);
-    }
-
-    /** {@code {{>name}}} is what stands in the page's {@code <template id="name">}: the row that the script copies. */
-    private static String row(String html, String name) {
-        String begin = "<template id=\"" + name + "\">";
-        int from = html.indexOf(begin) + begin.length();
-        return html.substring(from, html.indexOf("</template>", from)).stripLeading();
-    }
-
-    private static String sha256(String text) {
-        try {
-            byte[] digest = MessageDigest.getInstance("SHA-256").digest(text.getBytes(UTF_8));
-            return "'sha256-" + Base64.getEncoder().encodeToString(digest) + "'";
-        } catch (GeneralSecurityException e) { throw new IllegalStateException(e); } // every Java has it
-    }
-
-    /** The same on every machine: SVG knows no decimal comma. */
-    private static String format(String format, Number number) { return String.format(Locale.ROOT, format, number); }
-
-    /** What the template asks for, by name. */
-    private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, List<Presence> present, Form form) {
-        String title() { return form.isRefused() ? "Not stored" : instance; }
-        boolean postgresAway() { return page.messages() == null; }
-        boolean redisAway() { return counts.total() == null; }
-        boolean isLong() { return instance.length() > 9; }
-        String visit() { return visitNumber == null ? "Not counted as a visit" : format("Visit %,d", visitNumber); }
-        String total() { return redisAway() ? "unknown" : format("%,d", counts.total()); }
-        int authorMost() { return Draft.AUTHOR_MOST; }
-        String authorLimit() { return format("%,d", Draft.AUTHOR_MOST); }
-        String authorError() { return form.errors().get("author"); }
-        int bodyMost() { return Draft.BODY_MOST; }
-        String bodyLimit() { return format("%,d", Draft.BODY_MOST); }
-        String bodyError() { return form.errors().get("body"); }
-        boolean isNewest() { return query.before() == PageQuery.NEWEST.before(); }
-        String cursor() { return page.cursor(); }
-        String older() { return page.next(); }
-        Row blankMessage() { return Row.BLANK; }
-        Share blankShare() { return Share.BLANK; }
-        List<Row> messages() { return postgresAway() ? null : page.messages().stream().map(Row::of).toList(); }
-
-        Presence blankPresence() { return new Presence("", "", "", "", null); }
-
-        List<Share> shares() {
-            return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(BY_NAME))
-                    .map(one -> Share.of(one.getKey(), one.getValue(), counts.total())).toList();
-        }
-    }
-
-    private record Row(long id, String author, String body, String instance, Instant createdAt, String time) {
-        private static final DateTimeFormatter TIME =
-                DateTimeFormatter.ofPattern("d MMM uuuu, HH:mm:ss 'UTC'", Locale.ENGLISH).withZone(ZoneOffset.UTC);
-        static final Row BLANK = new Row(0, "", "", "", Instant.EPOCH, "");
-
-        static Row of(Message message) {
-            return new Row(message.id(), message.author(), message.body(), message.instance(), message.createdAt(),
-                    TIME.format(message.createdAt()));
-        }
-    }
-
-    private record Share(String name, String visits, String percent) {
-        static final Share BLANK = new Share("", "", "0");
-
-        static Share of(String name, long visits, long total) {
-            return new Share(name, format("%,d", visits), format("%.1f", 100.0 * visits / Math.max(1, total)));
-        }
-    }
-}
-
-// ------------------------------------------------------------------------------------------------ Metrics and log
-
-/** What Prometheus is told; read by GET /metrics. A new metric goes here, or is a gauge that its owner is asked for. */
+/** For Prometheus, read by GET /metrics. A new metric goes here, or is a gauge that its owner registers. */
 final class Metrics {
     private static final Set<String> METHODS = Set.of("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE");
 
-    // Without exemplars: there are no traces to point at, and the sampling of them has a thread of its own.
+    // Without exemplars: their sampling has a thread of its own.
     private final PrometheusRegistry registry = new PrometheusRegistry();
     private final Counter requests = Counter.builder().name("http_requests_total").withoutExemplars()
-            .help("Requests answered").labelNames("route", "method", "status").register(registry);
+            .help("Completed requests").labelNames("route", "method", "status").register(registry);
     private final Histogram seconds = Histogram.builder().name("http_request_duration_seconds")
             .withoutExemplars().classicOnly()
-            .help("From the last byte of the request's head to the last byte of the answer").labelNames("route")
+            .help("From the last byte of the request's head to the last byte of the response").labelNames("route")
             .classicUpperBounds(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5).register(registry);
-    private final Histogram batches = Histogram.builder().name("batch_size").withoutExemplars().classicOnly()
-            .help("Requests answered by one statement").labelNames("batcher")
+    private final Histogram batches = Histogram.builder().name("threefold_batch_size").withoutExemplars().classicOnly()
+            .help("Requests in one batch").labelNames("batcher")
             .classicUpperBounds(1, 2, 4, 8, 16, 32, 64, 128, 256, 512).register(registry);
-    private final Counter told = Counter.builder().name("events_told_total").withoutExemplars()
-            .help("Live events given to viewers, one for each viewer").labelNames("event").register(registry);
+    private final Counter eventsSent = Counter.builder().name("threefold_sse_events_sent_total").withoutExemplars()
+            .help("Events sent, counted for each subscriber").labelNames("event").register(registry);
     private boolean jvmRegistered;
 
     void gauge(String name, String help, IntSupplier value) {
@@ -2878,50 +2758,55 @@ final class Metrics {
                 .register(registry);
     }
 
-    void dependencies(Dependency... all) {
-        GaugeWithCallback.builder().name("dependency_up").help("1 if it answered last time, 0 if not")
-                .labelNames("dependency")
-                .callback(gauge -> { for (Dependency one : all) gauge.call(one.isUp() ? 1 : 0, one.name()); })
+    void storeUp(Map<String, BooleanSupplier> stores) {
+        GaugeWithCallback.builder().name("threefold_store_up").help("1 if the store is available, 0 if not")
+                .labelNames("store")
+                .callback(gauge -> stores.forEach((name, isUp) -> gauge.call(isUp.getAsBoolean() ? 1 : 0, name)))
                 .register(registry);
     }
 
-    IntConsumer batchesOf(String batcher) {
+    IntConsumer batchSizes(String batcher) {
         var sizes = batches.labelValues(batcher);
         return sizes::observe;
     }
 
-    void told(String event, int times) { told.labelValues(event).inc(times); }
+    void eventsSent(String event, int times) { eventsSent.labelValues(event).inc(times); }
 
     void request(String route, String method, int status, long nanos) {
-        // Methods are the client's to invent: those we don't serve share one label, or they could fill our memory.
+        // Clients invent methods: those without a meaning here share one label, or they could fill the memory.
         String known = METHODS.contains(method) ? method : "other";
         requests.labelValues(route, known, Integer.toString(status)).inc();
         if (!route.equals("/api/events")) seconds.labelValues(route).observe(nanos / 1e9);
     }
 
-    synchronized byte[] text() throws IOException {
-        registerJvm();
-        ByteArrayOutputStream text = new ByteArrayOutputStream();
-        PrometheusTextFormatWriter.create().write(text, registry.scrape());
-        return text.toByteArray();
-    }
-
-    /** When first asked for: JMX takes long to start, and an instance that nobody watches is spared it. */
-    private void registerJvm() {
-        if (jvmRegistered) return;
+    synchronized byte[] text() {
+        if (!jvmRegistered) JvmMetrics.builder().register(registry); // not earlier: JMX takes long to start
         jvmRegistered = true;
-        JvmMemoryMetrics.builder().register(registry);
-        JvmBufferPoolMetrics.builder().register(registry);
-        JvmGarbageCollectorMetrics.builder().register(registry);
-        JvmThreadsMetrics.builder().register(registry);
-        JvmCompilationMetrics.builder().register(registry);
-        ProcessMetrics.builder().register(registry);
+        try {
+            ByteArrayOutputStream text = new ByteArrayOutputStream();
+            PrometheusTextFormatWriter.create().write(text, registry.scrape());
+            return text.toByteArray();
+        } catch (IOException e) { throw new UncheckedIOException(e); }
     }
 }
 
+/** One limit for all bytes in memory that wait for clients to read or to send on, however many clients are slow. */
+final class BufferBudget {
+    /** A quarter of the heap that the image has. */
+    private static final int MAX_BYTES = 16 * 1024 * 1024;
+    private final Semaphore free = new Semaphore(MAX_BYTES);
+
+    int reserved() { return MAX_BYTES - free.availablePermits(); }
+
+    /** @return false, and nothing is reserved, if the limit would be exceeded */
+    boolean reserve(int bytes) { return free.tryAcquire(bytes); }
+
+    void release(int bytes) { free.release(bytes); }
+}
+
 /**
- * One line an event on standard output: JSON, or a readable form on a terminal. A thread of its own writes, so that
- * a slow reader of the log stops nobody; when it can't follow, lines are dropped, and the number of them is told.
+ * One line an event on standard output: JSON, or a readable form on a terminal. A thread of its own writes, so that a
+ * slow reader of the log blocks no request; when it cannot follow, lines are dropped and counted.
  */
 final class Log {
     private static final BlockingQueue<String> LINES = new ArrayBlockingQueue<>(1_024);
@@ -2938,7 +2823,7 @@ final class Log {
         if (writer == null) writer = Thread.ofPlatform().name("log").daemon().start(Log::writeLoop);
         LogManager.getLogManager().reset();
         Logger root = Logger.getLogger("");
-        root.setLevel(Level.WARNING); // what the libraries have to say, if it matters
+        root.setLevel(Level.WARNING); // of the libraries
         root.addHandler(new Handler() {
             @Override public void publish(LogRecord record) {
                 if (isLoggable(record)) warn("library", "logger", record.getLoggerName(), "reason", record.getMessage()
@@ -2952,7 +2837,7 @@ final class Log {
     static void info(String event, Object... namesAndValues) { line("info", event, namesAndValues); }
     static void warn(String event, Object... namesAndValues) { line("warn", event, namesAndValues); }
 
-    /** What went wrong, in one line and without a trace: JSON escapes the rest. */
+    /** The failure and its root cause in one line, without a stack trace. */
     static String reason(Throwable e) {
         Throwable root = e;
         while (root.getCause() != null && root.getCause() != root) root = root.getCause();
@@ -2975,12 +2860,12 @@ final class Log {
         return line.toString();
     }
 
-    /** Without what a terminal would obey, as JSON would write it (whose library escapes C0 alone, not DEL and C1). */
+    /** Without control characters, which a terminal would obey; the JSON library escapes C0 alone, not DEL and C1. */
     static String escaped(String text) {
         return CONTROL.matcher(text).replaceAll(found -> "\\\\u%04x".formatted((int) found.group().charAt(0)));
     }
 
-    /** The next line, in place of the thread that writes: for those who want to look at the lines themselves. */
+    /** The next line, instead of the writer's thread: for tests that read the log. */
     static String take() throws InterruptedException { return LINES.take(); }
 
     private static void writeLoop() {
@@ -2992,10 +2877,10 @@ final class Log {
                 if (lost > 0) warn("log_lines_dropped", "count", lost);
                 OUT.flush();
             }
-        } catch (InterruptedException flushed) { /* flush() writes the rest */ }
+        } catch (InterruptedException flushed) { /* by flush(), which writes the others */ }
     }
 
-    /** Writes what waits; the last thing an instance does. */
+    /** Writes the lines that wait; the last step of a stop. */
     static void flush() {
         if (writer != null) writer.interrupt();
         for (String line; (line = LINES.poll()) != null; ) OUT.println(line);
@@ -3003,19 +2888,18 @@ final class Log {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------- Embedded
+// --------------------------------------------------------------------------------------------- 1 Entry: embedded
 
 /**
- * A real PostgreSQL and a real Redis for `jbang Service.java` on its own; binaries from Maven Central. Their data
- * stay in one folder, safe through kill -9: servers left behind by a killed service are stopped at the next start.
- * Both listen on this machine only, from the first moment with a password; the folder is closed to other users.
- * Both run in sessions of their own: the Ctrl-C that ends the service does not reach them before its requests end.
+ * A real PostgreSQL and a real Redis for `jbang Service.java` on its own; binaries from Maven Central. Both listen on
+ * this machine only, with a password, in sessions of their own: Ctrl-C ends the service first. Their data lie in one
+ * folder that other users cannot read; servers that a killed service has left are stopped at the next start.
  */
 final class Embedded implements AutoCloseable {
     private static final FileAttribute<?> OWNER_ONLY =
             PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rwx------"));
+    private final Config config;
     private Path folder;
-    private Config config;
     private FileLock lock;
     private int user;
 
@@ -3025,13 +2909,12 @@ final class Embedded implements AutoCloseable {
     }
 
     /**
-     * Starts what the configuration leaves open. A stop that comes meanwhile waits (synchronized), so that nothing
-     * is left behind.
+     * Starts the stores that the configuration does not name; synchronized, so that a stop waits and leaves nothing.
      *
-     * @return the configuration, with the addresses of what was started
-     * @throws Config.Invalid in the image, which brings no servers; if the folder can't be used, or is in use
+     * @return the environment, with the addresses of these stores
+     * @throws Config.Invalid in the image, which has no servers; if the folder cannot be used, or is in use
      */
-    synchronized Config start() throws Config.Invalid {
+    synchronized Map<String, String> start(Map<String, String> environment) throws Config.Invalid {
         String system = System.getProperty("os.name").replace("Mac OS X", "Darwin").toLowerCase(Locale.ROOT);
         boolean arm = System.getProperty("os.arch").equals("aarch64");
         URL postgres = Service.class.getResource("/postgres-" + system + (arm ? "-arm_64.txz" : "-x86_64.txz"));
@@ -3039,14 +2922,24 @@ final class Embedded implements AutoCloseable {
                 + "-" + system + (arm ? "-arm64" : "-amd64"));
         if (postgres == null || redis == null)
             throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
-        claim();
-        Log.info("data", "folder", folder.toString());
+        claimFolder();
+        Log.info("data_dir", "folder", folder.toString());
+        Map<String, String> complete = new HashMap<>(environment);
+        complete.putAll(Map.of("HOST", config.host(), "DRAIN_MILLIS", "" + config.drainMillis()));
         try {
             stopOrphans();
-            Config.Secret pass = password();
-            if (config.redis().hosts().isEmpty()) config = config.withRedis(startRedis(redis, pass), pass);
-            if (config.postgres().hosts().isEmpty()) config = config.withPostgres(startPostgres(postgres), pass);
-            return config;
+            String pass = password();
+            if (config.redis().hosts().isEmpty()) {
+                complete.keySet().removeIf(name -> name.startsWith("REDIS_"));
+                complete.putAll(Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + startRedis(redis, pass),
+                        "REDIS_PASS", pass));
+            }
+            if (config.postgres().hosts().isEmpty()) {
+                complete.keySet().removeIf(name -> name.startsWith("DB_"));
+                complete.putAll(Map.of("DB_HOST", "127.0.0.1", "DB_PORT", "" + startPostgres(postgres),
+                        "DB_NAME", "postgres", "DB_USER", "postgres", "DB_PASS", pass));
+            }
+            return complete;
         } catch (IOException | InterruptedException | RuntimeException e) {
             close();
             throw new Config.Invalid("no PostgreSQL and Redis of its own (DATA_DIR=\"" + folder + "\"): "
@@ -3055,28 +2948,26 @@ final class Embedded implements AutoCloseable {
         }
     }
 
-    /** Only a folder that is new, or empty, or that we made is used: nothing of somebody else's is touched. */
-    private void claim() throws Config.Invalid {
+    /** Only a folder that is new, empty, or marked as made here is used. */
+    private void claimFolder() throws Config.Invalid {
         try {
             user = (int) new com.sun.security.auth.module.UnixSystem().getUid();
             Files.createDirectories(folder, OWNER_ONLY);
-            folder = folder.toRealPath(); // as the system names the servers' programs, by which we know them again
+            folder = folder.toRealPath(); // as the system names the servers' programs, see running()
             Path mark = folder.resolve("threefold-data");
-            if (!Files.exists(mark))
-                try (Stream<Path> files = Files.list(folder)) {
-                    Optional<Path> other = files.findFirst();
-                    if (other.isPresent()) throw needs("an empty folder, or one that Service.java has made; in this one"
-                            + " there is already " + other.get().getFileName());
-                }
+            Optional<Path> other = Optional.empty();
+            if (!Files.exists(mark)) try (Stream<Path> files = Files.list(folder)) { other = files.findFirst(); }
+            if (other.isPresent()) throw needs("an empty folder, or one that Service.java has made; in this one"
+                    + " there is already " + other.get().getFileName());
             if (!Files.getAttribute(folder, "unix:uid").equals(user)) // its owner could go on reading it
                 throw needs("a folder of your own; this one belongs to " + Files.getOwner(folder).getName());
             if (folder.toString().matches("(?s).*[\"$`\\\\\\p{Cntrl}].*")) // initdb gives it to a shell
                 throw needs("a name without \", $, `, \\ and line breaks");
             Files.setPosixFilePermissions(folder, PosixFilePermissions.fromString("rwx------"));
-            sync(Files.write(mark, new byte[0]));
-            sync(folder);
+            fsync(Files.write(mark, new byte[0]));
+            fsync(folder);
             lock = FileChannel.open(folder.resolve("lock"), StandardOpenOption.CREATE, StandardOpenOption.WRITE)
-                    .tryLock(); // the system lets go of it even after kill -9
+                    .tryLock(); // the system releases it even after kill -9
         } catch (OverlappingFileLockException e) { /* by this very process */
         } catch (IOException e) { throw needs("a folder to write to"); }
         if (lock == null) throw needs("that no other Service.java uses it; stop that one or name another folder");
@@ -3084,8 +2975,8 @@ final class Embedded implements AutoCloseable {
 
     private Config.Invalid needs(String what) { return new Config.Invalid("DATA_DIR", folder.toString(), what); }
 
-    /** Of both servers; made once. It is in no command line and no environment: other users see those. */
-    private Config.Secret password() throws IOException {
+    /** Of both servers, made once; never in a command line or an environment, which other users can read. */
+    private String password() throws IOException {
         Path file = folder.resolve("password");
         if (!Files.exists(file)) {
             byte[] random = new byte[24];
@@ -3094,12 +2985,12 @@ final class Embedded implements AutoCloseable {
             Files.deleteIfExists(part);
             Files.createFile(part, PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rw-------")));
             Files.writeString(part, Base64.getUrlEncoder().encodeToString(random));
-            finish(part, file);
+            createDurably(part, file);
         }
-        return new Config.Secret(Files.readString(file));
+        return Files.readString(file);
     }
 
-    private int startRedis(URL packed, Config.Secret pass) throws IOException, InterruptedException {
+    private int startRedis(URL packed, String pass) throws IOException, InterruptedException {
         Path program = programs("redis", packed).resolve("redis-server"), log = folder.resolve("redis.log");
         Path data = Files.createDirectories(folder.resolve("redis"), OWNER_ONLY);
         int port = freePort();
@@ -3114,12 +3005,12 @@ final class Embedded implements AutoCloseable {
                 appendonly yes
                 appendfsync always
                 save ""
-                """.formatted(port, pass.value()), List.of(program.toString(), "-"));
+                """.formatted(port, pass), List.of(program.toString(), "-"));
         for (long end = System.nanoTime() + 60_000_000_000L; ; Thread.sleep(10)) {
             boolean runs = !running("redis").isEmpty() && System.nanoTime() < end;
-            String said = textOf(log);
-            if (said.contains("Ready to accept connections")) return port;
-            if (!runs) throw new IOException("redis-server ended: " + reason(said));
+            String output = textOf(log);
+            if (output.contains("Ready to accept connections")) return port;
+            if (!runs) throw new IOException("redis-server ended: " + reason(output));
         }
     }
 
@@ -3134,42 +3025,38 @@ final class Embedded implements AutoCloseable {
             throw new IOException("PostgreSQL does not run as root, and here not even by `unshare -U` ("
                     + e.getMessage() + "): run it as another user");
         }
-        // Of an older version, killed before anything was stored.
-        if (Files.exists(folder.resolve("postgres-unfinished"))) deleteTree(data);
         if (!Files.exists(data)) {
             deleteTree(part);
-            // The locale is PostgreSQL's own, so the data depend on no system's.
+            // PostgreSQL's own locale, so that the data depend on no system's.
             run(folder, log, "", asNobody, bin + "/initdb", "-D", "postgres.part", "-U", "postgres", "-E", "UTF8",
                     "--auth=scram-sha-256", "--pwfile=password", "--locale=C", "--locale-provider=builtin",
                     "--builtin-locale=C.UTF-8");
-            finish(part, data);
+            createDurably(part, data);
         }
-        for (String old : List.of("postgres-unfinished", "postgres-beginning", "postgres-programs", "redis-programs"))
-            deleteTree(folder.resolve(old));
         int port = freePort();
-        // No socket: its path would be too long in many a folder.
+        // Without a socket, whose path would be too long in many a folder.
         run(folder, log, "", asNobody, bin + "/pg_ctl", "start", "-s", "-w", "-t", "60", "-D", "postgres",
                 "-l", "postgres.log", "-o", "-h 127.0.0.1 -p " + port
                 + " -c unix_socket_directories= -c max_connections=300 -c lc_messages=C");
         return port;
     }
 
-    /** A folder with what is packed there. Its name tells which version it is, and that it is whole. */
+    /** The folder with the unpacked programs; named after their checksum, so it is this version and complete. */
     private Path programs(String name, URL packed) throws IOException {
         long sum = ((JarURLConnection) packed.openConnection()).getJarEntry().getCrc();
         Path all = folder.resolve(name + "-bin"), part = all.resolve("part");
-        Path whole = all.resolve(Long.toHexString(sum));
-        if (Files.exists(whole)) return whole;
+        Path complete = all.resolve(Long.toHexString(sum));
+        if (Files.exists(complete)) return complete;
         deleteTree(all);
         Files.createDirectories(part, OWNER_ONLY);
         try (InputStream in = packed.openStream()) {
             if (packed.getPath().endsWith(".txz")) Archive.unpack(in, part);
             else unpack(in, part.resolve(name + "-server"));
         }
-        return finish(part, whole);
+        return createDurably(part, complete);
     }
 
-    /** Apart from the rest: Java looks for these libraries when it loads the class, and the image has none. */
+    /** A class of its own: Java looks for these libraries when it loads the class, and the image has none. */
     private static final class Archive {
         static void unpack(InputStream in, Path folder) throws IOException {
             TarArchiveInputStream tar = new TarArchiveInputStream(new XZInputStream(in));
@@ -3188,13 +3075,7 @@ final class Embedded implements AutoCloseable {
         Files.setPosixFilePermissions(file, PosixFilePermissions.fromString("rwx------"));
     }
 
-    /**
-     * Lets a command do its work, and end.
-     *
-     * @param log   where the server that it starts writes
-     * @param input what it reads
-     * @throws IOException that says why it failed, in the command's words
-     */
+    /** Runs a command to its end; fails with the reason that it, or the server it starts, printed. */
     private static void run(Path in, Path log, String input, List<String> command, String... more)
             throws IOException, InterruptedException {
         List<String> all = new ArrayList<>(List.of("sh", "-c", "umask 077; exec \"$@\"", "sh"));
@@ -3206,34 +3087,33 @@ final class Embedded implements AutoCloseable {
         Process process = builder.start();
         try (OutputStream out = process.getOutputStream()) {
             out.write(input.getBytes(UTF_8));
-        } catch (IOException e) { /* it ended without reading: it says why */ }
-        String said = new String(process.getInputStream().readAllBytes(), UTF_8);
-        if (process.waitFor() != 0) throw new IOException(reason(said + textOf(log)));
+        } catch (IOException e) { /* it ended without reading: its output has the reason */ }
+        String output = new String(process.getInputStream().readAllBytes(), UTF_8);
+        if (process.waitFor() != 0) throw new IOException(reason(output + textOf(log)));
     }
 
     private static String textOf(Path log) throws IOException {
         return Files.exists(log) ? new String(Files.readAllBytes(log), UTF_8) : "";
     }
 
-    /** Of many lines the one that says what went wrong, or else the last. */
-    private static String reason(String said) {
-        List<String> lines = said.lines().filter(line -> !line.isBlank()).map(String::strip).toList();
+    /** The line that names an error, or else the last. */
+    private static String reason(String output) {
+        List<String> lines = output.lines().filter(line -> !line.isBlank()).map(String::strip).toList();
         return lines.stream().filter(line -> line.matches(".*(error|FATAL|PANIC):.*")).findFirst()
-                .orElse(lines.isEmpty() ? "no word why" : lines.getLast());
+                .orElse(lines.isEmpty() ? "it printed nothing" : lines.getLast());
     }
 
-    /** Ends the servers that a killed service left behind, or that began to start and did not. */
     private void stopOrphans() throws IOException, InterruptedException {
         for (String name : List.of("postgres", "redis")) {
             for (ProcessHandle left : running(name))
                 Log.info("stopping_orphan", "program", left.info().command().orElse(""), "pid", left.pid());
             stop(name);
         }
-        // PostgreSQL does not start while any process has the number in it, be it a stranger's by now.
+        // PostgreSQL does not start while any process has the number in this file, even a stranger's.
         Files.deleteIfExists(folder.resolve("postgres/postmaster.pid"));
     }
 
-    /** Ours are those whose program lies in our folder, without their children; so no stranger's is ever stopped. */
+    /** Processes whose program lies in this folder, without their children; so no stranger's is ever stopped. */
     private List<ProcessHandle> running(String name) {
         String programs = folder.resolve(name) + "-";
         List<ProcessHandle> all = ProcessHandle.allProcesses()
@@ -3254,17 +3134,17 @@ final class Embedded implements AutoCloseable {
         try (ServerSocket socket = new ServerSocket(0)) { return socket.getLocalPort(); }
     }
 
-    /** Gives its name to what is whole, once it is on disk: a name that survives a loss of power holds all of it. */
-    private static Path finish(Path part, Path whole) throws IOException {
+    /** Renames what is complete and on disk: a name that survives a power loss has all of its content. */
+    private static Path createDurably(Path part, Path complete) throws IOException {
         try (Stream<Path> files = Files.walk(part)) {
-            for (Path file : files.filter(file -> !Files.isSymbolicLink(file)).toList()) sync(file);
+            for (Path file : files.filter(file -> !Files.isSymbolicLink(file)).toList()) fsync(file);
         }
-        Files.move(part, whole, StandardCopyOption.ATOMIC_MOVE);
-        sync(whole.getParent());
-        return whole;
+        Files.move(part, complete, StandardCopyOption.ATOMIC_MOVE);
+        fsync(complete.getParent());
+        return complete;
     }
 
-    private static void sync(Path path) throws IOException {
+    private static void fsync(Path path) throws IOException {
         try (FileChannel channel = FileChannel.open(path, StandardOpenOption.READ)) { channel.force(true); }
     }
 
@@ -3275,9 +3155,9 @@ final class Embedded implements AutoCloseable {
         }
     }
 
-    /** The service has drained by now. Redis is the last. */
+    /** Stops both servers, Redis last; the service has drained by then. */
     @Override public synchronized void close() {
-        if (lock == null) return; // nothing of ours runs; there may be another's
+        if (lock == null) return; // no server of ours runs; another's may
         Service.closeQuietly(() -> stop("postgres"));
         Service.closeQuietly(() -> stop("redis"));
         Service.closeQuietly(lock);

@@ -25,7 +25,7 @@ import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What the environment tells an instance, and what it says to what it can't use. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 class ConfigurationTest {
 
     static Config config(String... namesAndValues) throws Config.Invalid {
@@ -263,7 +263,7 @@ class ConfigurationTest {
 
         @BeforeAll static void lockUp() throws Exception {
             redis = new Embedded(config("DATA_DIR", Servers.FOLDER.resolve("locked").toString(), "DB_HOST", "none"));
-            toRedis = redis.start().redis();
+            toRedis = Config.from(redis.start(Map.of("DB_HOST", "none"))).redis();
             try (Jedis jedis = new Jedis("127.0.0.1", toRedis.hosts().getFirst().getPort())) {
                 jedis.auth(toRedis.pass().value());
                 jedis.configSet("requirepass", "open sesame");
@@ -312,7 +312,7 @@ class ConfigurationTest {
                 program.say("keeper", "let in").unavailable();
                 assertTrue(program.get("/").expect(200).json().get("visits").isJsonNull());
                 program.get("/readyz").expect(503);
-                Wait.until("it logs why", () -> program.out().toString().contains("dependency_refused"));
+                Wait.until("it logs why", () -> program.out().toString().contains("store_refused"));
                 String said = program.out() + "" + program.err();
                 assertFalse(said.contains("my-guess"), said);
             }

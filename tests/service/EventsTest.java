@@ -30,7 +30,7 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Live events: what happens on one instance is seen on all, and what was missed is brought later. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 class EventsTest {
 
     /** One event as the browser gets it. */
@@ -47,14 +47,14 @@ class EventsTest {
     }
 
     /** An open page: collects what it is told, and remembers the last id as a browser does. */
-    static final class Viewer implements AutoCloseable {
+    static final class Subscriber implements AutoCloseable {
         final HttpResponse<InputStream> response;
         private final List<Event> events = new ArrayList<>();
         private volatile boolean ended;
         private volatile int lines;
         private volatile String place; // as a browser has it: what it says when it comes again
 
-        Viewer(Caller instance, String query, String... headers) throws Exception {
+        Subscriber(Caller instance, String query, String... headers) throws Exception {
             HttpRequest.Builder request = HttpRequest.newBuilder(instance.uri("/api/events" + query))
                     .header("Accept", "text/event-stream");
             if (headers.length > 0) request.headers(headers);
@@ -117,7 +117,7 @@ class EventsTest {
 
     @Nested class A_viewer {
         @Test void gets_a_stream_that_no_proxy_holds_back() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.one(), "")) {
+            try (Subscriber viewer = new Subscriber(Servers.one(), "")) {
                 assertEquals(200, viewer.response.statusCode());
                 Map<String, List<String>> headers = Answer.anyCase(viewer.response.headers().map());
                 assertTrue(headers.get("content-type").getFirst().startsWith("text/event-stream"), "" + headers);
@@ -129,7 +129,7 @@ class EventsTest {
 
         /** Whoever sees the stream begin may rely on it: what is stored from then on is told. */
         @Test void sees_it_begin_when_its_place_is_known() throws Exception {
-            try (Cable cable = new Cable(Servers.databasePort())) {
+            try (FaultProxy cable = new FaultProxy(Servers.databasePort())) {
                 Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
                 environment.put("DB_PORT", "" + cable.port());
                 try (Instance board = new Instance("begin", environment)) {
@@ -147,8 +147,8 @@ class EventsTest {
         }
 
         @Test void is_told_what_is_stored_on_every_instance() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.three().get(0), "");
-                    Viewer other = new Viewer(Servers.three().get(2), "")) {
+            try (Subscriber viewer = new Subscriber(Servers.three().get(0), "");
+                    Subscriber other = new Subscriber(Servers.three().get(2), "")) {
                 for (Instance instance : Servers.three()) {
                     Answer message = instance.say("teller", "by " + instance.name + "\nin two lines, "
                             + MessagesTest.SMILE).expect(201);
@@ -164,7 +164,7 @@ class EventsTest {
 
         /** The look that comes each second would find it as well; the word by Redis is what makes it quick. */
         @Test void is_told_at_once_of_what_another_instance_stored() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.three().get(0), "")) {
+            try (Subscriber viewer = new Subscriber(Servers.three().get(0), "")) {
                 List<Long> millis = new ArrayList<>();
                 for (int i = 0; i < 9; i++) {
                     long begun = System.nanoTime();
@@ -189,7 +189,7 @@ class EventsTest {
                     work.execute(insert + "('a', 'began earlier', 'x', 'earlier')");
                     early.commit();
                 }
-                try (Viewer viewer = new Viewer(board, "?after=0")) {
+                try (Subscriber viewer = new Subscriber(board, "?after=0")) {
                     Wait.until("all three are told", () -> viewer.ids().size() == 3);
                     viewer.checkInTurn();
                     assertTrue(viewer.ids().get(1) > viewer.ids().get(2), "who began earlier first: " + viewer.ids());
@@ -198,7 +198,7 @@ class EventsTest {
         }
 
         @Test void is_told_once_of_a_message_sent_twice_under_one_key() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.one(), "")) {
+            try (Subscriber viewer = new Subscriber(Servers.one(), "")) {
                 String key = MessagesTest.An_idempotency_key.key();
                 Answer first = Servers.one().say("a", "once", "Idempotency-Key", key).expect(201);
                 for (Instance instance : Servers.three()) instance.say("a", "once", "Idempotency-Key", key).expect(200);
@@ -208,7 +208,7 @@ class EventsTest {
         }
 
         @Test void is_told_of_visits_at_most_four_times_a_second() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.three().get(1), "")) {
+            try (Subscriber viewer = new Subscriber(Servers.three().get(1), "")) {
                 long begun = System.nanoTime(), last = 0;
                 while (System.nanoTime() - begun < 2_000_000_000L) last = Servers.three().get((int) (last % 3))
                         .visits();
@@ -225,7 +225,7 @@ class EventsTest {
 
         @Test void who_keeps_up_is_told_of_hundreds_at_once() throws Exception {
             try (Instance board = new Instance("busy", Servers.environment(Servers.newDatabase()));
-                    Viewer viewer = new Viewer(board, "")) {
+                    Subscriber viewer = new Subscriber(board, "")) {
                 List<Callable<Long>> senders = new ArrayList<>();
                 for (int i = 0; i < 400; i++) senders.add(() -> board.say("a", "all at once").expect(201).id());
                 List<Long> stored = Wait.together(senders);
@@ -238,7 +238,7 @@ class EventsTest {
         @Test void is_told_nothing_that_something_older_could_still_come_before() throws Exception {
             String database = Servers.newDatabase();
             try (Instance board = new Instance("order", Servers.environment(database));
-                    Viewer viewer = new Viewer(board, "")) {
+                    Subscriber viewer = new Subscriber(board, "")) {
                 board.say("a", "before").expect(201);
                 try (Connection slow = Servers.connect(database); Statement work = slow.createStatement()) {
                     slow.setAutoCommit(false);
@@ -248,9 +248,9 @@ class EventsTest {
                     for (int i = 0; i < 3; i++) quick.add(board.say("a", "quick").expect(201));
                     Thread.sleep(300); // several looks
                     assertEquals(1, viewer.ids().size(), "told while something older is open");
-                    try (Viewer later = new Viewer(board, "?after=0")) {
+                    try (Subscriber later = new Subscriber(board, "?after=0")) {
                         slow.commit();
-                        for (Viewer one : List.of(viewer, later)) {
+                        for (Subscriber one : List.of(viewer, later)) {
                             Wait.until("all five are told", () -> one.ids().size() == 5);
                             one.checkInTurn();
                             assertEquals("slow", JsonParser.parseString(one.all("message").get(1).data)
@@ -264,7 +264,7 @@ class EventsTest {
 
         /** Scripts see events, and no comments: by it they know that a stream has not gone silent. */
         @Test void gets_a_heartbeat_each_15_s_whatever_else_it_is_told() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.one(), "")) {
+            try (Subscriber viewer = new Subscriber(Servers.one(), "")) {
                 long begun = System.nanoTime();
                 Wait.until("there is one", Duration.ofSeconds(18), () -> {
                     Servers.one().visits();
@@ -278,14 +278,14 @@ class EventsTest {
         }
 
         @Test void who_left_is_forgotten() throws Exception {
-            double before = Servers.three().get(1).metric("event_viewers");
-            List<Viewer> viewers = new ArrayList<>();
-            for (int i = 0; i < 20; i++) viewers.add(new Viewer(Servers.three().get(1), ""));
-            assertEquals(before + 20, Servers.three().get(1).metric("event_viewers"));
-            for (Viewer viewer : viewers) viewer.close();
+            double before = Servers.three().get(1).metric("threefold_sse_subscribers");
+            List<Subscriber> viewers = new ArrayList<>();
+            for (int i = 0; i < 20; i++) viewers.add(new Subscriber(Servers.three().get(1), ""));
+            assertEquals(before + 20, Servers.three().get(1).metric("threefold_sse_subscribers"));
+            for (Subscriber viewer : viewers) viewer.close();
             Wait.until("they are gone once there is something to tell", () -> {
                 Servers.one().say("a", "is anybody there?").expect(201);
-                return Servers.three().get(1).metric("event_viewers") <= before;
+                return Servers.three().get(1).metric("threefold_sse_subscribers") <= before;
             });
         }
     }
@@ -306,15 +306,15 @@ class EventsTest {
             try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
                 String seen;
                 List<Long> missed;
-                try (Viewer present = new Viewer(board, "")) {
+                try (Subscriber present = new Subscriber(board, "")) {
                     List<Long> told = store(board, 80);
                     Wait.until("whoever is there was told", () -> present.ids().containsAll(told));
                     seen = present.place;
                     missed = store(board, 30);
                     Wait.until("and of these", () -> present.ids().containsAll(missed));
                 }
-                try (Viewer viewer = how.equals("after") ? new Viewer(board, "?after=" + seen)
-                        : new Viewer(board, "", how, seen)) {
+                try (Subscriber viewer = how.equals("after") ? new Subscriber(board, "?after=" + seen)
+                        : new Subscriber(board, "", how, seen)) {
                     Wait.until("all that was missed is there", () -> viewer.ids().containsAll(missed));
                     viewer.checkInTurn();
                     assertEquals(missed.size(), viewer.ids().size(), "and nothing else");
@@ -329,17 +329,17 @@ class EventsTest {
                 board.awaitReady();
                 store(board, stored);
                 String place;
-                try (Viewer viewer = new Viewer(board, "")) {
+                try (Subscriber viewer = new Subscriber(board, "")) {
                     Wait.until("it knows its place", () -> viewer.place != null);
                     place = viewer.place;
                 }
                 // Numbers of transactions that stored nothing, and that a standby that takes over need not know of.
                 for (int i = 0; i < 5; i++) Servers.sql(database.get("DB_NAME"), "SELECT pg_current_xact_id()");
-                try (Viewer other = new Viewer(board, "")) {
+                try (Subscriber other = new Subscriber(board, "")) {
                     Wait.until("a place is that of a message", () -> place.equals(other.place));
                 }
                 List<Long> missed = store(board, 2);
-                try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", place)) {
+                try (Subscriber viewer = new Subscriber(board, "", "Last-Event-ID", place)) {
                     Wait.until("all that was missed is there", () -> viewer.ids().containsAll(missed));
                     assertEquals(2, viewer.ids().size(), "and nothing else");
                     assertTrue(viewer.all("gap").isEmpty(), "no gap");
@@ -349,7 +349,7 @@ class EventsTest {
 
         @Test void whom_the_page_tells_where_to_begin_has_the_place_of_a_message() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase());
-            try (Instance board = new Instance("page", database); Viewer viewer = new Viewer(board, "")) {
+            try (Instance board = new Instance("page", database); Subscriber viewer = new Subscriber(board, "")) {
                 board.awaitReady();
                 assertTrue(page(board).contains("data-cursor=\"0-0\""), "where nothing is stored");
                 viewer.awaits(board.say("a", "b").expect(201));
@@ -368,24 +368,13 @@ class EventsTest {
                 List<String> ids = Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, "
                         + "request_key) SELECT 'a', 'b', 'c', 's:' || n FROM generate_series(1, 50001) n "
                         + "RETURNING tx || '-' || id");
-                try (Viewer far = new Viewer(board, "?after=0");
-                     Viewer near = new Viewer(board, "?after=" + ids.getFirst())) {
+                try (Subscriber far = new Subscriber(board, "?after=0");
+                     Subscriber near = new Subscriber(board, "?after=" + ids.getFirst())) {
                     Wait.until("it hears of the gap", () -> far.all("gap").size() == 1);
                     Wait.until("the other one is brought them", () -> near.ids().size() > 1_000);
                     assertTrue(near.all("gap").isEmpty() && far.ids().isEmpty(), "one of them has a gap, not both");
                 }
             }
-        }
-
-        @Test void is_answered_with_others_only_if_its_place_is_there() {
-            Cursor before = new Cursor(5, 1), first = new Cursor(5, 3), last = new Cursor(7, 2);
-            Stretch stretch = new Stretch(before, before, List.of(first, last), new int[] {1, 2}, new byte[2], true,
-                    true);
-            for (Cursor place : List.of(before, first, last))
-                assertTrue(stretch.answers(new Following(place, 10, true)), "" + place);
-            for (Cursor place : List.of(new Cursor(5, 2), new Cursor(6, 0), new Cursor(7, 3), new Cursor(4, 9)))
-                assertFalse(stretch.answers(new Following(place, 10, true)), "no message has the place " + place);
-            assertFalse(Stretch.unknown(first).answers(new Following(first, 10, false)), "who stayed is not too far");
         }
 
         @Test void is_brought_it_by_whichever_instance_it_comes_to() throws Exception {
@@ -395,7 +384,7 @@ class EventsTest {
                 String place = "0";
                 for (int visit = 0; visit < 10; visit++) {
                     stored.addAll(store(visit % 2 == 0 ? second : first, 20));
-                    try (Viewer viewer = new Viewer(visit % 3 == 0 ? second : first, "", "Last-Event-ID", place)) {
+                    try (Subscriber viewer = new Subscriber(visit % 3 == 0 ? second : first, "", "Last-Event-ID", place)) {
                         stored.addAll(store(visit % 2 == 0 ? first : second, 7));
                         Wait.until("it has all", () -> told.size() + viewer.ids().size() == stored.size());
                         viewer.checkInTurn();
@@ -415,7 +404,7 @@ class EventsTest {
                 Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key, tx) "
                         + "SELECT 'a', 'told in turn', 'other', 's:' || tx, tx::text::xid8 "
                         + "FROM unnest(ARRAY[9, 10, 11, 99, 100, 101]) AS tx");
-                try (Viewer viewer = new Viewer(board, "?after=0")) {
+                try (Subscriber viewer = new Subscriber(board, "?after=0")) {
                     Wait.until("all is told", () -> viewer.ids().size() == 6);
                     viewer.checkInTurn();
                 }
@@ -426,7 +415,7 @@ class EventsTest {
         void from_a_place_that_is_not_known_here_is_told_that_there_is_a_gap(String place) throws Exception {
             try (Instance board = new Instance("gap", Servers.environment(Servers.newDatabase()))) {
                 store(board, 3);
-                try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", place)) {
+                try (Subscriber viewer = new Subscriber(board, "", "Last-Event-ID", place)) {
                     Wait.until("it hears of the gap", () -> viewer.all("gap").size() == 1);
                     viewer.awaits(board.say("a", "and goes on").expect(201));
                     assertEquals(1, viewer.ids().size());
@@ -440,7 +429,7 @@ class EventsTest {
                 950}) void long_is_brought_all_of_it(int count) throws Exception {
             try (Instance board = new Instance("missed", Servers.environment(Servers.newDatabase()))) {
                 Set<Long> missed = new TreeSet<>(store(board, count));
-                try (Viewer viewer = new Viewer(board, "?after=0")) {
+                try (Subscriber viewer = new Subscriber(board, "?after=0")) {
                     missed.addAll(store(board, 15)); // others go on writing meanwhile
                     Wait.until("all is told", () -> viewer.ids().size() == missed.size());
                     viewer.checkInTurn();
@@ -453,12 +442,12 @@ class EventsTest {
             try (Instance board = new Instance("edge", Servers.environment(Servers.newDatabase()))) {
                 List<Event> told;
                 store(board, 150);
-                try (Viewer all = new Viewer(board, "?after=0")) {
+                try (Subscriber all = new Subscriber(board, "?after=0")) {
                     Wait.until("all is told", () -> all.ids().size() == 150);
                     told = all.all("message");
                 }
                 for (int seen = 47; seen <= 53; seen++) { // from 50 on, what follows is read at once
-                    try (Viewer viewer = new Viewer(board, "", "Last-Event-ID", told.get(seen - 1).id())) {
+                    try (Subscriber viewer = new Subscriber(board, "", "Last-Event-ID", told.get(seen - 1).id())) {
                         List<Long> missed = told.subList(seen, 150).stream().map(Event::message).toList();
                         Wait.until("all after " + seen + " is told", () -> viewer.ids().containsAll(missed));
                         assertEquals(missed.size(), viewer.ids().size(), "and no more");
@@ -469,14 +458,14 @@ class EventsTest {
 
         @Test void is_brought_what_it_missed_when_PostgreSQL_is_back() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase()), by = new HashMap<>(database);
-            try (Cable cable = new Cable(Servers.databasePort());
+            try (FaultProxy cable = new FaultProxy(Servers.databasePort());
                     Instance elsewhere = new Instance("elsewhere", database)) {
                 by.put("DB_PORT", "" + cable.port());
                 try (Instance board = new Instance("cut", by)) {
                     board.awaitReady();
                     List<Long> stored = store(elsewhere, 10);
                     cable.cut();
-                    try (Viewer viewer = new Viewer(board, "?after=0")) {
+                    try (Subscriber viewer = new Subscriber(board, "?after=0")) {
                         Wait.until("it is noticed", () -> board.get("/readyz").text("status").equals("degraded"));
                         cable.mend();
                         Wait.until("all that was missed is there", () -> viewer.ids().containsAll(stored));
@@ -496,7 +485,7 @@ class EventsTest {
         }
 
         @Test void who_was_told_no_id_may_say_so() throws Exception {
-            try (Viewer viewer = new Viewer(Servers.one(), "", "Last-Event-ID", "")) {
+            try (Subscriber viewer = new Subscriber(Servers.one(), "", "Last-Event-ID", "")) {
                 assertEquals(200, viewer.response.statusCode());
                 viewer.awaits(Servers.one().say("a", "told").expect(201));
             }
@@ -516,7 +505,7 @@ class EventsTest {
                     String cursor = form.equals("JSON") ? board.get("/api/messages").expect(200).text("cursor")
                             : page(board).replaceAll("(?s).*data-cursor=\"([^\"]*)\".*", "$1");
                     older.commit();
-                    try (Viewer viewer = new Viewer(board, "?after=" + cursor)) {
+                    try (Subscriber viewer = new Subscriber(board, "?after=" + cursor)) {
                         Wait.until("the late one is told", () -> viewer.ids().equals(List.of(first + 1, newest)));
                         assertTrue(viewer.all("gap").isEmpty(), "no gap");
                     }
@@ -528,9 +517,9 @@ class EventsTest {
     @Nested class A_viewer_who_does_not_read {
         @Test void costs_little_and_has_all_in_its_order_when_it_reads_again() throws Exception {
             try (Instance board = new Instance("slow", Servers.environment(Servers.newDatabase()));
-                 Wire slow = new Wire(board.port, 4_096); Viewer other = new Viewer(board, "")) {
+                 RawConnection slow = new RawConnection(board.port, 4_096); Subscriber other = new Subscriber(board, "")) {
                 slow.send(HttpTest.request("GET", "/api/events")).read(true).expect(200);
-                Wait.until("both have joined", () -> board.metric("event_viewers") == 2);
+                Wait.until("both have joined", () -> board.metric("threefold_sse_subscribers") == 2);
                 String long2000 = MessagesTest.SMILE.repeat(1_900);
                 List<Long> stored = new ArrayList<>();
                 for (int round = 0; round < 20; round++) {
@@ -539,10 +528,10 @@ class EventsTest {
                     stored.addAll(Wait.together(senders));
                     Wait.until("the other one keeps up", Duration.ofSeconds(30),
                             () -> other.all("message").size() == stored.size());
-                    double held = board.metric("held_bytes");
+                    double held = board.metric("threefold_buffered_bytes");
                     assertTrue(held < 40_000, "expected at most a piece for the slow one, actual: " + held);
                 }
-                assertTrue(board.metric("held_bytes") > 0, "expected that the slow one is stuck by now");
+                assertTrue(board.metric("threefold_buffered_bytes") > 0, "expected that the slow one is stuck by now");
                 List<Long> told = new ArrayList<>();
                 slow.socket.setSoTimeout(60_000); // TCP asks more and more seldom whether there is room again
                 while (told.size() < stored.size()) {
@@ -551,14 +540,14 @@ class EventsTest {
                             line.indexOf(',')).strip()));
                 }
                 assertEquals(other.ids(), told);
-                Wait.until("nothing is kept for it any more", () -> board.metric("held_bytes") < 10_000);
+                Wait.until("nothing is kept for it any more", () -> board.metric("threefold_buffered_bytes") < 10_000);
             }
         }
 
         /** What it does not take is read again: then few at a time. */
         @Test void but_a_little_at_a_time_is_told_all_and_it_is_not_read_many_times() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase());
-            try (Instance board = new Instance("little", database); Wire slow = new Wire(board.port, 4_096)) {
+            try (Instance board = new Instance("little", database); RawConnection slow = new RawConnection(board.port, 4_096)) {
                 board.awaitReady();
                 Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key) "
                         + "SELECT 'a', repeat('" + MessagesTest.SMILE + "', 1990), 'other', 's:' || n "
@@ -584,18 +573,18 @@ class EventsTest {
         @Test void costs_no_more_with_thousands_of_parameters() throws Exception {
             String many = IntStream.range(0, 2_000).mapToObj(n -> "&" + Integer.toString(1_296 + n, 36))
                     .collect(Collectors.joining());
-            List<Wire> open = new ArrayList<>();
+            List<RawConnection> open = new ArrayList<>();
             try {
                 long before = heapInUse();
                 for (int i = 0; i < 150; i++) {
                     open.add(Servers.one().wire());
                     open.getLast().send("GET /api/events?after=0" + many + " HTTP/1.1\r\nHost: a\r\n\r\n");
                 }
-                Wait.until("all view", () -> Servers.one().metric("event_viewers") >= 150);
+                Wait.until("all view", () -> Servers.one().metric("threefold_sse_subscribers") >= 150);
                 long each = (heapInUse() - before) / 150;
                 assertTrue(each < 60_000, "expected less than 60 KB for each, saw " + each + " bytes");
             } finally {
-                for (Wire wire : open) wire.close();
+                for (RawConnection wire : open) wire.close();
             }
         }
 
@@ -609,18 +598,18 @@ class EventsTest {
 
         @Test void is_not_one_of_thousands() throws Exception {
             try (Instance board = new Instance("full", Servers.environment(Servers.newDatabase()))) {
-                List<Wire> viewers = new ArrayList<>();
+                List<RawConnection> viewers = new ArrayList<>();
                 try {
-                    for (int i = 0; i < Events.MOST_VIEWERS; i++) {
+                    for (int i = 0; i < Events.MAX_SUBSCRIBERS; i++) {
                         viewers.add(board.wire());
                         viewers.getLast().send(HttpTest.request("GET", "/api/events?after=0"));
                     }
-                    for (Wire viewer : viewers) viewer.read(true).expect(200);
-                    assertEquals(Events.MOST_VIEWERS, board.metric("event_viewers"));
+                    for (RawConnection viewer : viewers) viewer.read(true).expect(200);
+                    assertEquals(Events.MAX_SUBSCRIBERS, board.metric("threefold_sse_subscribers"));
                     board.get("/api/events").unavailable();
                     board.say("a", "still served").expect(201);
                 } finally {
-                    for (Wire viewer : viewers) viewer.close();
+                    for (RawConnection viewer : viewers) viewer.close();
                 }
             }
         }
@@ -628,15 +617,15 @@ class EventsTest {
 
     /** With its own way to Redis, so that only this board sees it break. */
     @Nested class When_Redis {
-        private Map<String, String> by(Cable cable) {
+        private Map<String, String> by(FaultProxy cable) {
             Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
             environment.put("REDIS_PORT", "" + cable.port());
             return environment;
         }
 
         @Test void was_away_all_messages_are_told_when_it_is_back() throws Exception {
-            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("cut", by(cable));
-                    Viewer viewer = new Viewer(board, "")) {
+            try (FaultProxy cable = new FaultProxy(Servers.redisPort()); Instance board = new Instance("cut", by(cable));
+                    Subscriber viewer = new Subscriber(board, "")) {
                 board.awaitReady();
                 viewer.awaits(board.say("a", "before").expect(201));
                 cable.cut();
@@ -651,8 +640,8 @@ class EventsTest {
         }
 
         @Test void hung_for_a_while_all_messages_are_told_when_it_goes_on() throws Exception {
-            try (Cable cable = new Cable(Servers.redisPort()); Instance board = new Instance("hung", by(cable));
-                    Viewer viewer = new Viewer(board, "")) {
+            try (FaultProxy cable = new FaultProxy(Servers.redisPort()); Instance board = new Instance("hung", by(cable));
+                    Subscriber viewer = new Subscriber(board, "")) {
                 board.awaitReady();
                 viewer.awaits(board.say("a", "before").expect(201));
                 cable.hang();

@@ -32,7 +32,7 @@ import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What every request can count on, whatever it asks for and however badly it is put. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 class HttpTest {
     static final int BODY_MOST = 32 * 1024;
     private static String stored;
@@ -41,7 +41,7 @@ class HttpTest {
     static synchronized List<String> paths() {
         if (stored == null) stored = Servers.one().say("router", "something that is there").expect(201)
                 .header("location");
-        return Servers.one().service.routes.stream().map(Route::path).distinct()
+        return Servers.one().service.routes().stream().map(Route::path).distinct()
                 .map(path -> path.equals("/api/messages/{id}") ? stored : path).toList();
     }
 
@@ -49,7 +49,7 @@ class HttpTest {
 
     /** What the table allows there. */
     static Set<String> allowed(String path) {
-        Set<String> methods = Servers.one().service.routes.stream().filter(route -> route.path().equals(template(path)))
+        Set<String> methods = Servers.one().service.routes().stream().filter(route -> route.path().equals(template(path)))
                 .map(Route::method).collect(Collectors.toCollection(TreeSet::new));
         if (methods.contains("GET")) methods.add("HEAD");
         methods.add("OPTIONS");
@@ -95,7 +95,7 @@ class HttpTest {
         @ParameterizedTest @MethodSource("paths")
         void names_its_instance_and_its_request(String path) throws Exception {
             for (Instance instance : Servers.three())
-                try (Wire wire = instance.wire()) {
+                try (RawConnection wire = instance.wire()) {
                     String method = allowed(path).contains("GET") ? "GET" : "OPTIONS";
                     wire.send(request(method, path, "Accept: */*"));
                     Answer head = wire.read(true);
@@ -136,7 +136,7 @@ class HttpTest {
         }
 
         @ParameterizedTest @MethodSource("paths") void is_not_kept_by_caches(String path) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 String cache = wire.send(request("GET", path)).read(true).header("cache-control");
                 assertTrue(cache != null && (cache.contains("no-store") || path.equals("/openapi.json")), path + ": "
                         + cache);
@@ -164,7 +164,7 @@ class HttpTest {
         @ParameterizedTest @MethodSource("paths")
         void gives_the_head_of_whatever_can_be_got(String path) throws Exception {
             if (!allowed(path).contains("HEAD")) return;
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.socket.setSoTimeout(3_000);
                 Answer head = wire.send(request("HEAD", path)).read(true).expect(200);
                 assertNotNull(head.header("content-type"));
@@ -188,7 +188,7 @@ class HttpTest {
         @Test void is_described_by_the_open_api_document() {
             JsonObject document = Servers.one().get("/openapi.json").expect(200).json();
             assertTrue(document.get("openapi").getAsString().startsWith("3.1"));
-            for (Route route : Servers.one().service.routes) {
+            for (Route route : Servers.one().service.routes()) {
                 JsonElement path = document.getAsJsonObject("paths").get(route.path());
                 assertNotNull(path, "expected " + route.path() + ", actual: " + document.getAsJsonObject("paths")
                         .keySet());
@@ -247,7 +247,7 @@ class HttpTest {
         }
 
         @Test void may_say_in_several_lines_what_it_accepts() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(request("GET", "/", "Accept: application/json;q=0.5", "Accept: text/html"));
                 assertTrue(wire.read().expect(200).header("content-type").startsWith("text/html"));
                 wire.send(request("GET", "/", "Accept: text/html;q=0.5", "Accept: application/json"));
@@ -340,14 +340,14 @@ class HttpTest {
 
         /** They are written by a thread of their own, but what follows on the connection is the I/O thread's again. */
         @Test void metrics_and_what_is_asked_right_behind_them() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 for (int i = 0; i < 20; i++) {
                     wire.send(request("GET", "/metrics") + request("GET", "/api/messages?limit=1"));
                     wire.read().expect(200);
                     wire.read().expect(200);
                 }
             }
-            assertTrue(Evidence.all().stream().noneMatch(line -> line.contains("unexpected")));
+            assertTrue(LogCapture.all().stream().noneMatch(line -> line.contains("internal_error")));
         }
 
         @Test void metrics_do_not_say_through_a_proxy() {
@@ -433,7 +433,7 @@ class HttpTest {
         }
 
         @Test void does_not_disturb_the_next_request() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(post("{nonsense".getBytes(UTF_8))).read().problem(400);
                 wire.send(post(Caller.message("a", "after nonsense").getBytes(UTF_8))).read().expect(201);
             }
@@ -498,7 +498,7 @@ class HttpTest {
 
         @ParameterizedTest @ValueSource(ints = {100_000, 1_000_000, 1_048_577,
                 10_000_000}) void that_is_huge_is_told_so(int size) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.push(post(sized(size)).getBytes(ISO_8859_1)).read().problem(413);
             }
             Servers.one().get("/healthz").expect(200);
@@ -506,7 +506,7 @@ class HttpTest {
 
         @ParameterizedTest @ValueSource(ints = {100_000,
                 10_000_000}) void that_is_huge_and_of_no_type_is_told_that(int size) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 String request = request("POST", "/api/messages", "Content-Type: text/plain", "Content-Length: "
                         + size);
                 Answer answer = wire.push((request + "x".repeat(size)).getBytes(UTF_8)).read();
@@ -521,7 +521,7 @@ class HttpTest {
 
         @ParameterizedTest @ValueSource(ints = {BODY_MOST + 1, 1_000_000,
                 3_000_000}) void in_chunks_may_not_be_larger_either(int size) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.push(chunked(sized(size), 8_000).getBytes(ISO_8859_1)).read().problem(413);
             }
         }
@@ -530,7 +530,7 @@ class HttpTest {
                 "5\r\n{}0\r\n\r\n", "FFFFFFFFFFFFFFFFF\r\n{}\r\n",
                 "2\r\n{}garbage\r\n0\r\n\r\n"})
         void in_chunks_that_are_none_is_refused(String chunks) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(request("POST", "/api/messages", "Content-Type: application/json",
                         "Transfer-Encoding: chunked") + chunks).end();
                 assertEquals(4, wire.read().status() / 100);
@@ -540,7 +540,7 @@ class HttpTest {
         }
 
         @Test void that_ends_too_early_is_refused() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 500")
                         + "{\"author\":\"a\"").end()
                         .read().problem(400);
@@ -550,7 +550,7 @@ class HttpTest {
         @Test void whose_sender_is_gone_leaves_nothing_behind() throws Exception {
             String metric = "http_requests_in_flight";
             for (int i = 0; i < 300; i++)
-                try (Wire wire = Servers.one().wire()) {
+                try (RawConnection wire = Servers.one().wire()) {
                     wire.send(i % 3 == 0 ? request("GET", "/") : i % 3 == 1 ? post(sized(200)).substring(0, 200)
                             : post(sized(200)));
                     if (i % 2 == 0) wire.socket.setSoLinger(true, 0);
@@ -561,7 +561,7 @@ class HttpTest {
 
         @Test void is_asked_for_when_the_sender_waits_to_be_asked() throws Exception {
             byte[] body = sized(1_000);
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(request("POST", "/api/messages", "Content-Type: application/json", "Content-Length: 1000",
                         "Expect: 100-continue"));
                 wire.read().expect(100);
@@ -570,7 +570,7 @@ class HttpTest {
         }
 
         @Test void that_is_too_large_is_not_asked_for() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(request("POST", "/api/messages", "Content-Type: application/json",
                         "Content-Length: 1000000", "Expect: 100-continue"))
                         .read().problem(413);
@@ -578,7 +578,7 @@ class HttpTest {
         }
 
         @Test void of_a_request_that_has_no_use_for_it_is_no_next_request() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 String inner = request("GET", "/nowhere");
                 wire.send(request("GET", "/healthz", "Content-Length: " + inner.length()) + inner).read().expect(200);
                 wire.send(request("GET", "/healthz")).read().expect(200);
@@ -598,7 +598,7 @@ class HttpTest {
 
         @ParameterizedTest @ValueSource(ints = {2_000, 10_000, 30_000,
                 100_000}) void with_a_very_long_path_is_answered(int length) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 Answer answer = wire.push(request("GET", "/" + "a".repeat(length)).getBytes(UTF_8)).read();
                 assertTrue(Set.of(400, 404, 414, 431).contains(answer.status()), "" + answer);
             }
@@ -615,17 +615,17 @@ class HttpTest {
         @Test void with_a_very_long_path_takes_little_of_the_log_and_of_the_answer() throws Exception {
             Answer answer = Servers.one().raw(request("GET", "/api/messages/" + "%01".repeat(2_500))).problem(404);
             assertTrue(answer.body().length() < 500, answer.body());
-            Wait.until("it is in the log", () -> Evidence.all().stream()
+            Wait.until("it is in the log", () -> LogCapture.all().stream()
                     .anyMatch(line -> line.contains("\"path\":\"/api/messages/\\u0001")));
-            assertTrue(Evidence.all().stream().allMatch(line -> line.length() < 2_000), "a line each of reason");
+            assertTrue(LogCapture.all().stream().allMatch(line -> line.length() < 2_000), "a line each of reason");
         }
 
         /** A terminal takes U+009B for the beginning of a command, as it takes U+001B [. */
         @Test void with_control_characters_leaves_none_in_the_log() throws Exception {
             Servers.one().raw(request("GET", "/in-the-log/%1b[31m%7f%c2%80%c2%9b31m%c2%9f")).problem(404);
-            Wait.until("it is in the log", () -> Evidence.all().stream().anyMatch(line ->
+            Wait.until("it is in the log", () -> LogCapture.all().stream().anyMatch(line ->
                     line.contains("/in-the-log/\\u001b[31m\\u007f\\u0080\\u009b31m\\u009f")));
-            assertTrue(Evidence.all().stream().noneMatch(line -> line.chars().anyMatch(Character::isISOControl)));
+            assertTrue(LogCapture.all().stream().noneMatch(line -> line.chars().anyMatch(Character::isISOControl)));
         }
 
         @Test void with_300_headers_is_answered() throws Exception {
@@ -637,7 +637,7 @@ class HttpTest {
 
         @ParameterizedTest @ValueSource(ints = {8_000, 64 * 1024,
                 1_000_000}) void with_a_very_long_header_is_answered(int length) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 Answer answer = wire.push(request("GET", "/healthz", "X-Long: " + "a".repeat(length)).getBytes(UTF_8))
                         .read();
                 assertTrue((length < 10_000 ? Set.of(200) : Set.of(400, 431)).contains(answer.status()), "" + answer);
@@ -654,7 +654,7 @@ class HttpTest {
                         "GET /healthz HTTP/1.1\r\nHost: x\r\n: empty\r\n\r\n",
                 "GET /healthz HTTP/1.1\r\nHost: x\r\nBad Name: y\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"})
         void that_is_no_http_is_refused(String text) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 int status = wire.send(text).end().read().status();
                 assertTrue(status >= 400 && status < 500 || status == 505 || status == 501, "status " + status);
             }
@@ -675,14 +675,14 @@ class HttpTest {
         }
 
         @Test void of_http_1_0_is_answered_and_the_connection_closed() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send("GET /healthz HTTP/1.0\r\n\r\n").read().expect(200);
                 assertTrue(wire.isClosed());
             }
         }
 
         @Test void that_asks_to_close_is_closed() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 assertEquals("close", wire.send(request("GET", "/", "Connection: close")).read().expect(200)
                         .header("connection"));
                 assertTrue(wire.isClosed());
@@ -691,7 +691,7 @@ class HttpTest {
 
         @Test void after_request_is_answered_in_turn_on_one_connection() throws Exception {
             byte[] body = sized(500);
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.send(request("GET", "/healthz") + post(body) + request("GET", "/nowhere")
                         + post("{".getBytes(UTF_8))
                         + request("GET", "/") + post(body) + request("GET", "/healthz"));
@@ -702,7 +702,7 @@ class HttpTest {
         }
 
         @Test void that_comes_byte_by_byte_is_answered() throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 wire.socket.setTcpNoDelay(true);
                 for (byte one : post(sized(100)).getBytes(UTF_8)) wire.send(new byte[] {one});
                 wire.read().expect(201);
@@ -725,7 +725,7 @@ class HttpTest {
 
         @ParameterizedTest @MethodSource("heads")
         void is_refused_if_its_length_is_in_doubt(String head) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: "
                         + "application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER)
                         .end().read();
@@ -738,7 +738,7 @@ class HttpTest {
                 "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
                         "Transfer-Encoding: identity\r\nContent-Length: 5"})
         void is_refused_or_ends_the_connection_if_two_lengths_are_given(String head) throws Exception {
-            try (Wire wire = Servers.one().wire()) {
+            try (RawConnection wire = Servers.one().wire()) {
                 Answer answer = wire.send("POST /api/messages HTTP/1.1\r\nHost: x\r\nContent-Type: "
                         + "application/json\r\n" + head + "\r\n\r\n0\r\n\r\n" + INNER).read();
                 assertTrue(answer.status() / 100 == 4 || answer.status() == 501, "" + answer);

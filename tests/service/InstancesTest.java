@@ -18,10 +18,10 @@ import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Who is here: each instance knows of all others, and soon of what becomes of them. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 @TestInstance(TestInstance.Lifecycle.PER_CLASS)
 class InstancesTest {
-    private final Cable cable = new Cable(Servers.redisPort());
+    private final FaultProxy cable = new FaultProxy(Servers.redisPort());
     private final Instance one = begin("one", Map.of());
     private final Instance other = begin("other", Map.of("REDIS_PORT", "" + cable.port()));
 
@@ -97,7 +97,7 @@ class InstancesTest {
 
     /** Of one that is dead, nothing is known after a new subscription, until its silence says it. */
     @Test void that_are_dead_do_not_come_to_life_by_a_new_subscription() throws Exception {
-        try (Cable own = new Cable(Servers.redisPort());
+        try (FaultProxy own = new FaultProxy(Servers.redisPort());
              Instance mute = begin("mute", Map.of("REDIS_PORT", "" + own.port()))) {
             awaitState(other, mute.name, "ready", 5_000);
             own.cut();
@@ -147,7 +147,7 @@ class InstancesTest {
     private String since(String name) { return seen(one, name).get("since").getAsString(); }
 
     @Test void without_PostgreSQL_say_so() throws Exception {
-        try (Cable postgres = new Cable(Servers.databasePort());
+        try (FaultProxy postgres = new FaultProxy(Servers.databasePort());
              Instance broken = begin("broken", Map.of("DB_PORT", "" + postgres.port()))) {
             awaitState(one, broken.name, "ready", 5_000);
             postgres.cut();
@@ -156,7 +156,7 @@ class InstancesTest {
     }
 
     @Test void are_told_to_viewers_when_something_changes() throws Exception {
-        try (EventsTest.Viewer viewer = new EventsTest.Viewer(one, "")) {
+        try (EventsTest.Subscriber viewer = new EventsTest.Subscriber(one, "")) {
             Wait.until("a first list", () -> !viewer.all("instances").isEmpty());
             try (Instance late = begin("late", Map.of())) {
                 Wait.until("the new one", () -> viewer.all("instances").getLast().data().contains(late.name));

@@ -34,7 +34,7 @@ import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Messages: stored once, to the character, and found again. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 class MessagesTest {
     static final String SMILE = "\uD83D\uDE42";
 
@@ -149,8 +149,8 @@ class MessagesTest {
 
         private static boolean refused(String author, String body) {
             try {
-                return !new Draft(author, body).author().equals(author);
-            } catch (Problem problem) { return true; }
+                return !new NewMessage(author, body).author().equals(author);
+            } catch (Invalid invalid) { return true; }
         }
 
         static List<String> white() { return WHITE.chars().mapToObj(c -> "" + (char) c).toList(); }

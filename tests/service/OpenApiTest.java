@@ -40,7 +40,7 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
  *   ./jbang tests/service/OpenApiTest.java
  * </pre>
  */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 @TestMethodOrder(MethodOrderer.OrderAnnotation.class)
 class OpenApiTest {
     public static void main(String[] arguments) { ServiceTest.run(List.of(OpenApiTest.class)); }
@@ -139,7 +139,7 @@ class OpenApiTest {
     }
 
     @Test @Order(2) void is_right_about_events() throws Exception {
-        try (EventsTest.Viewer viewer = new EventsTest.Viewer(Servers.one(), "")) {
+        try (EventsTest.Subscriber viewer = new EventsTest.Subscriber(Servers.one(), "")) {
             Answer message = Servers.one().say("Ada", "to all").expect(201);
             Servers.one().get("/").expect(200);
             Wait.until("both events", () -> viewer.ids().contains(message.id()) && !viewer.all("visit").isEmpty());
@@ -158,7 +158,7 @@ class OpenApiTest {
 
     @Test @Order(2) void is_right_about_what_no_route_answers() {
         Caller one = Servers.one();
-        describedAs("#/components/responses/NotFound", one.get("/nowhere").expect(404), "a path that is not there");
+        describedAs("#/components/responses/Problem", one.get("/nowhere").expect(404), "a path that is not there");
         for (String path : document.getAsJsonObject("paths").keySet())
             describedAs("#/components/responses/MethodNotAllowed",
                     one.send("DELETE", path.replace("{id}", "1"), null).expect(405), "DELETE " + path);

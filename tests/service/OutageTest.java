@@ -23,6 +23,7 @@ import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.Executor;
+import java.util.concurrent.ExecutionException;
 import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
 import java.util.concurrent.LinkedBlockingQueue;
@@ -34,11 +35,12 @@ import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.UTF_8;
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** What an instance does while PostgreSQL or Redis is away, when it comes back, and when it leaves itself. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 class OutageTest {
     static final String KEY = "Idempotency-Key";
 
@@ -46,7 +48,7 @@ class OutageTest {
 
     /** An instance with its own cables to both servers and a board of its own. */
     static final class Wired implements AutoCloseable {
-        final Cable postgres = new Cable(Servers.databasePort()), redis = new Cable(Servers.redisPort());
+        final FaultProxy postgres = new FaultProxy(Servers.databasePort()), redis = new FaultProxy(Servers.redisPort());
         final String database = Servers.newDatabase();
         final Instance instance;
 
@@ -66,7 +68,7 @@ class OutageTest {
             }
         }
 
-        static void trouble(Cable cable, Trouble how) throws IOException {
+        static void trouble(FaultProxy cable, Trouble how) throws IOException {
             if (how == Trouble.CUT) cable.cut();
             else cable.hang();
         }
@@ -362,9 +364,9 @@ class OutageTest {
         @Test void first_is_not_ready_then_refuses_then_finishes_what_it_began() throws Exception {
             Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
             environment.put("DRAIN_MILLIS", "1500");
-            try (Instance instance = new Instance("leaver", environment); Wire slow = instance.wire();
-                    Wire idle = instance.wire();
-                 EventsTest.Viewer viewer = new EventsTest.Viewer(instance, "")) {
+            try (Instance instance = new Instance("leaver", environment); RawConnection slow = instance.wire();
+                    RawConnection idle = instance.wire();
+                 EventsTest.Subscriber viewer = new EventsTest.Subscriber(instance, "")) {
                 instance.awaitReady();
                 idle.send(HttpTest.request("GET", "/healthz")).read().expect(200);
                 byte[] request = HttpTest.post(HttpTest.sized(1_000)).getBytes(UTF_8);
@@ -393,7 +395,7 @@ class OutageTest {
                 slow.send(java.util.Arrays.copyOfRange(request, 500, request.length)).read().expect(201);
                 Wait.until("the stream ended", viewer::hasEnded);
                 leaving.get(10, TimeUnit.SECONDS);
-                Wait.until("it says so", () -> Evidence.all().stream()
+                Wait.until("it says so", () -> LogCapture.all().stream()
                         .anyMatch(line -> line.contains("\"event\":\"stopped\",\"inFlight\":0")));
             }
         }
@@ -428,7 +430,7 @@ class OutageTest {
 
         @Test void does_not_wait_for_ever_for_a_request_that_does_not_end() throws Exception {
             try (Instance instance = new Instance("patient", Servers.environment(Servers.newDatabase()));
-                    Wire slow = instance.wire()) {
+                    RawConnection slow = instance.wire()) {
                 instance.awaitReady();
                 slow.send(HttpTest.post(HttpTest.sized(1_000)).substring(0, 500));
                 Wait.until("it has begun", () -> instance.metric("http_requests_in_flight") >= 2);
@@ -443,19 +445,19 @@ class OutageTest {
             try (Instance board = new Instance("rude", Servers.environment(Servers.newDatabase()))) {
                 String longest = MessagesTest.SMILE.repeat(2_000);
                 for (int i = 0; i < 100; i++) board.say("a", longest).expect(201);
-                List<Wire> readers = new ArrayList<>();
+                List<RawConnection> readers = new ArrayList<>();
                 try {
                     for (int i = 0; i < 60; i++) {
-                        readers.add(new Wire(board.port, 4_096));
+                        readers.add(new RawConnection(board.port, 4_096));
                         readers.getLast().send(HttpTest.request("GET", "/api/messages?limit=100"));
                     }
                     Wait.until("there is no more room", () -> board.get("/api/messages?limit=100").status() == 503);
                     board.get("/api/messages?limit=100").unavailable();
-                    assertTrue(board.metric("held_bytes") <= 16 * 1024 * 1024, "held: " + board.metric("held_bytes"));
+                    assertTrue(board.metric("threefold_buffered_bytes") <= 16 * 1024 * 1024, "held: " + board.metric("threefold_buffered_bytes"));
                     board.get("/api/messages?limit=1").expect(200);
                     board.say("a", "still stored").expect(201);
                 } finally {
-                    for (Wire reader : readers) reader.close();
+                    for (RawConnection reader : readers) reader.close();
                 }
                 Wait.until("there is room again", () -> board.get("/api/messages?limit=100").status() == 200);
             }
@@ -467,8 +469,9 @@ class OutageTest {
         private final CountDownLatch busy = new CountDownLatch(1), gate = new CountDownLatch(1);
 
         /** Doubles what it is asked; the first batch waits until the gate opens. */
-        private Batcher<Integer, Integer> doubling(int capacity) {
-            return new Batcher<>("doubling", capacity, sizes::add, batch -> {
+        private Batcher<Integer, Integer> doubling() {
+            return new Batcher<>("doubling", new Metrics(), batch -> {
+                sizes.add(batch.size());
                 busy.countDown();
                 gate.await();
                 if (batch.contains(-1)) throw new IllegalStateException("unlucky");
@@ -478,10 +481,10 @@ class OutageTest {
 
         @Test void sends_a_batch_of_one_at_once_when_it_is_idle() throws Exception {
             gate.countDown();
-            try (var batcher = doubling(10)) {
+            try (var batcher = doubling()) {
                 for (int i = 0; i < 5; i++) {
                     CompletableFuture<Integer> answer = new CompletableFuture<>();
-                    assertTrue(batcher.offer(i, Runnable::run, (a, failure) -> answer.complete(a)));
+                    batcher.submit(i, Runnable::run).thenAccept(answer::complete);
                     assertEquals(2 * i, answer.get(5, TimeUnit.SECONDS));
                 }
                 assertEquals(List.of(1, 1, 1, 1, 1), sizes);
@@ -489,13 +492,13 @@ class OutageTest {
         }
 
         @Test void gathers_what_comes_while_it_is_busy_and_answers_each_its_own_in_order() throws Exception {
-            try (var batcher = doubling(100)) {
+            try (var batcher = doubling()) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
-                batcher.offer(0, Runnable::run, (a, failure) -> answers.add("0:" + a));
+                batcher.submit(0, Runnable::run).whenComplete((a, failure) -> answers.add("0:" + a));
                 busy.await();
                 for (int i = 1; i <= 50; i++) {
                     int n = i;
-                    batcher.offer(n, Runnable::run, (a, failure) -> answers.add(n + ":" + a));
+                    batcher.submit(n, Runnable::run).whenComplete((a, failure) -> answers.add(n + ":" + a));
                 }
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 51);
@@ -506,28 +509,28 @@ class OutageTest {
         }
 
         @Test void tells_everybody_in_a_batch_that_it_failed_and_goes_on() throws Exception {
-            try (var batcher = doubling(100)) {
+            try (var batcher = doubling()) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
-                batcher.offer(0, Runnable::run, (a, failure) -> answers.add("" + a));
+                batcher.submit(0, Runnable::run).whenComplete((a, failure) -> answers.add("" + a));
                 busy.await();
-                for (int n : List.of(1, -1, 2)) batcher.offer(n, Runnable::run, (a, failure) ->
+                for (int n : List.of(1, -1, 2)) batcher.submit(n, Runnable::run).whenComplete((a, failure) ->
                         answers.add(a + " " + failure.getMessage()));
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 4);
                 assertEquals(List.of("0", "null unlucky", "null unlucky", "null unlucky"), new ArrayList<>(answers));
-                batcher.offer(21, Runnable::run, (a, failure) -> answers.add("" + a));
+                batcher.submit(21, Runnable::run).whenComplete((a, failure) -> answers.add("" + a));
                 Wait.until("it goes on", () -> answers.contains("42"));
             }
         }
 
         @Test void goes_on_after_an_error_that_is_no_exception() throws Exception {
-            try (var batcher = new Batcher<Integer, Integer>("erring", 10, sizes::add, batch -> {
+            try (var batcher = new Batcher<Integer, Integer>("erring", new Metrics(), batch -> {
                 if (batch.contains(-1)) throw new StackOverflowError();
                 return batch;
             })) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
                 for (int n : List.of(-1, 7, -1, 8)) {
-                    batcher.offer(n, Runnable::run, (a, failure) -> answers.add(a + " " + failure));
+                    batcher.submit(n, Runnable::run).whenComplete((a, failure) -> answers.add(a + " " + failure));
                     assertEquals(n < 0 ? "null java.lang.StackOverflowError" : n + " null",
                             answers.poll(5, TimeUnit.SECONDS));
                 }
@@ -536,45 +539,47 @@ class OutageTest {
 
         /** A connection is opened by the batcher's own thread: an I/O thread has others to serve. */
         @Test void does_itself_what_an_IO_thread_may_not_wait_for() throws Exception {
-            try (var batcher = new Batcher<Integer, String>("waiting", 10, sizes::add, batch -> {
-                boolean own = Thread.currentThread().getName().equals("waiting");
-                if (!own && batch.contains(-1)) throw new Batcher.NotHere();
+            try (var batcher = new Batcher<Integer, String>("waiting", new Metrics(), batch -> {
+                if (batch.contains(-1)) WouldBlock.requireBlockingThread();
                 return batch.stream().map(n -> Thread.currentThread().getName()).toList();
             })) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
                 for (int i = 0; i < 3; i++) {
-                    batcher.offer(1, Runnable::run, (a, failure) -> answers.add(a));
+                    batcher.submit(1, Runnable::run).whenComplete((a, failure) -> answers.add(a));
                     answers.poll(5, TimeUnit.SECONDS);
                 }
-                batcher.offer(1, Runnable::run, (a, failure) -> answers.add(a));
+                batcher.submit(1, Runnable::run).whenComplete((a, failure) -> answers.add(a));
                 assertEquals(Thread.currentThread().getName(), answers.poll(5, TimeUnit.SECONDS));
-                batcher.offer(-1, Runnable::run, (a, failure) -> answers.add(a));
+                batcher.submit(-1, Runnable::run).whenComplete((a, failure) -> answers.add(a));
                 assertEquals("waiting", answers.poll(5, TimeUnit.SECONDS));
             }
         }
 
         @Test void turns_away_what_is_more_than_may_wait() throws Exception {
-            try (var batcher = doubling(5)) {
-                AtomicInteger answered = new AtomicInteger();
-                batcher.offer(0, Runnable::run, (a, failure) -> answered.incrementAndGet());
+            try (var batcher = doubling()) {
+                batcher.submit(0, Runnable::run);
                 busy.await();
-                for (int i = 1; i <= 5; i++) assertTrue(batcher.offer(i, Runnable::run, (a, failure) ->
-                        answered.incrementAndGet()), "" + i);
-                assertFalse(batcher.offer(6, Runnable::run, (a, failure) -> answered.addAndGet(100)));
+                List<CompletableFuture<Integer>> waiting = IntStream.rangeClosed(1, 1_024)
+                        .mapToObj(i -> batcher.submit(i, Runnable::run)).toList();
+                var rejected = batcher.submit(1_025, Runnable::run);
+                assertTrue(rejected.isCompletedExceptionally() && waiting.stream().noneMatch(CompletableFuture::isDone));
+                assertTrue(assertThrows(ExecutionException.class, rejected::get).getCause() instanceof
+                        Batcher.Overloaded);
+                assertThrows(Batcher.Overloaded.class, () -> batcher.call(1_026), "a thread that may block, too");
                 gate.countDown();
-                Wait.until("those that were taken are answered", () -> answered.get() == 6);
+                for (int i = 0; i < 1_024; i++) assertEquals(2 * (i + 1), waiting.get(i).get(5, TimeUnit.SECONDS));
             }
         }
 
         @Test void does_quick_ones_on_the_thread_that_asks_and_what_follows_a_slow_one_on_its_own() throws Exception {
             AtomicReference<Duration> takes = new AtomicReference<>(Duration.ZERO);
-            try (var batcher = new Batcher<Integer, String>("doubling", 10, sizes::add, batch -> {
+            try (var batcher = new Batcher<Integer, String>("doubling", new Metrics(), batch -> {
                 Thread.sleep(takes.get());
                 return batch.stream().map(n -> Thread.currentThread().getName()).toList();
             }); Home home = new Home()) {
                 Callable<String> ask = () -> {
                     CompletableFuture<String> answer = new CompletableFuture<>();
-                    home.thread.submit(() -> batcher.offer(1, home, (a, failure) -> answer.complete(a))).get();
+                    home.thread.submit(() -> batcher.submit(1, home).whenComplete((a, failure) -> answer.complete(a))).get();
                     return answer.get(5, TimeUnit.SECONDS);
                 };
                 assertEquals("doubling", ask.call(), "nobody knows yet how long it takes");
@@ -602,13 +607,13 @@ class OutageTest {
         }
 
         @Test void wakes_every_thread_once_for_all_of_its_answers() throws Exception {
-            try (var batcher = doubling(100); Home one = new Home(); Home two = new Home()) {
+            try (var batcher = doubling(); Home one = new Home(); Home two = new Home()) {
                 LinkedBlockingQueue<String> answers = new LinkedBlockingQueue<>();
-                batcher.offer(0, Runnable::run, (a, failure) -> {});
+                batcher.submit(0, Runnable::run).whenComplete((a, failure) -> {});
                 busy.await();
                 for (Home home : List.of(one, two))
                     home.thread.submit(() -> {
-                        for (int i = 1; i <= 10; i++) batcher.offer(i, home, (a, failure) ->
+                        for (int i = 1; i <= 10; i++) batcher.submit(i, home).whenComplete((a, failure) ->
                                 answers.add(Thread.currentThread().getName() + a));
                     }).get();
                 for (Home home : List.of(one, two)) home.thread.submit(() -> {}).get(); // its turn is over
@@ -622,12 +627,13 @@ class OutageTest {
         }
 
         @Test void sends_again_in_their_order_what_was_too_much_at_once() throws Exception {
-            try (var batcher = new Batcher<Integer, Integer>("doubling", 100, sizes::add, batch -> {
+            try (var batcher = new Batcher<Integer, Integer>("doubling", new Metrics(), batch -> {
                 gate.await();
+                sizes.add(Math.min(batch.size(), 4));
                 return batch.stream().limit(4).map(n -> 2 * n).toList();
             })) {
                 LinkedBlockingQueue<Integer> answers = new LinkedBlockingQueue<>();
-                for (int i = 0; i < 11; i++) batcher.offer(i, Runnable::run, (a, failure) -> answers.add(a));
+                for (int i = 0; i < 11; i++) batcher.submit(i, Runnable::run).whenComplete((a, failure) -> answers.add(a));
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 11);
                 assertEquals(IntStream.range(0, 11).mapToObj(n -> 2 * n).toList(), new ArrayList<>(answers));
@@ -636,7 +642,7 @@ class OutageTest {
         }
 
         @Test void ends_its_thread_when_it_is_closed() {
-            var batcher = doubling(1);
+            var batcher = doubling();
             batcher.close();
             Wait.until("its thread has ended", () -> !threads().containsKey("doubling"));
         }

@@ -90,7 +90,7 @@ final class ServiceTest {
 
     static void run(List<Class<?>> subjects, String... names) {
         System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // what libraries unpack goes with it
-        Evidence.collect();
+        LogCapture.collect();
         List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
                 "--details=tree",
                 "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
@@ -107,7 +107,7 @@ final class ServiceTest {
 }
 
 /** What the services logged, shown for a test that failed: those in this process, and those started as programs. */
-final class Evidence implements BeforeEachCallback, TestWatcher {
+final class LogCapture implements BeforeEachCallback, TestWatcher {
     private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
 
     /** Takes the lines where the service's own writer would; that one is never started here,
@@ -200,9 +200,10 @@ final class Servers {
     private static synchronized Config servers() {
         try {
             if (embedded == null) {
-                embedded = new Embedded(Config.from(Map.of("INSTANCE_ID", "test",
-                        "DATA_DIR", FOLDER.resolve("shared").toString())));
-                config = embedded.start();
+                Map<String, String> environment = Map.of("INSTANCE_ID", "test",
+                        "DATA_DIR", FOLDER.resolve("shared").toString());
+                embedded = new Embedded(Config.from(environment));
+                config = Config.from(embedded.start(environment));
             }
             return config;
         } catch (Config.Invalid e) { throw new IllegalStateException(e); }
@@ -408,11 +409,11 @@ class Caller {
 
     URI uri(String path) { return URI.create("http://127.0.0.1:" + port + path); }
 
-    Wire wire() throws IOException { return new Wire(port); }
+    RawConnection wire() throws IOException { return new RawConnection(port); }
 
     /** One request on a connection of its own, to the byte. */
     Answer raw(String request) throws IOException {
-        try (Wire wire = wire()) { return wire.send(request).read(); }
+        try (RawConnection wire = wire()) { return wire.send(request).read(); }
     }
 
     /** @param headers names and values in turn */
@@ -590,7 +591,7 @@ final class Program extends Caller implements AutoCloseable {
             try (BufferedReader lines = new BufferedReader(new InputStreamReader(from, UTF_8))) {
                 for (String line; (line = lines.readLine()) != null; ) {
                     synchronized (to) { to.add(line); }
-                    Evidence.add("program " + process.pid() + ": " + line);
+                    LogCapture.add("program " + process.pid() + ": " + line);
                 }
             } catch (IOException e) { /* it ended */ }
         }));
@@ -615,14 +616,14 @@ final class Program extends Caller implements AutoCloseable {
 }
 
 /** A bare connection, for what no HTTP client would send. */
-final class Wire implements AutoCloseable {
+final class RawConnection implements AutoCloseable {
     final Socket socket;
     private final InputStream in;
 
-    Wire(int port) throws IOException { this(port, 0); }
+    RawConnection(int port) throws IOException { this(port, 0); }
 
     /** @param buffer how many bytes may wait to be read, 0: as the system likes */
-    Wire(int port, int buffer) throws IOException {
+    RawConnection(int port, int buffer) throws IOException {
         socket = new Socket();
         if (buffer > 0) socket.setReceiveBufferSize(buffer);
         socket.connect(new InetSocketAddress("127.0.0.1", port), 5_000);
@@ -630,22 +631,22 @@ final class Wire implements AutoCloseable {
         in = new java.io.BufferedInputStream(socket.getInputStream(), Math.max(buffer, 8_192));
     }
 
-    Wire send(String text) throws IOException { return send(text.getBytes(UTF_8)); }
+    RawConnection send(String text) throws IOException { return send(text.getBytes(UTF_8)); }
 
-    Wire send(byte[] bytes) throws IOException {
+    RawConnection send(byte[] bytes) throws IOException {
         socket.getOutputStream().write(bytes);
         return this;
     }
 
     /** Sends all of it even if the other side stops listening: it may have answered before it did. */
-    Wire push(byte[] bytes) {
+    RawConnection push(byte[] bytes) {
         try {
             send(bytes);
         } catch (IOException e) { /* the answer tells */ }
         return this;
     }
 
-    Wire end() throws IOException {
+    RawConnection end() throws IOException {
         socket.shutdownOutput();
         return this;
     }
@@ -706,7 +707,7 @@ final class Wire implements AutoCloseable {
 }
 
 /** The way to a server, that can be cut, mended, left hanging, or made to lose an answer. */
-final class Cable implements AutoCloseable {
+final class FaultProxy implements AutoCloseable {
     private final int port;
     private final Set<Socket> ends = ConcurrentHashMap.newKeySet();
     private final AtomicInteger accepted = new AtomicInteger();
@@ -715,7 +716,7 @@ final class Cable implements AutoCloseable {
     private volatile String losing;
     private volatile ServerSocket entry;
 
-    Cable(int target) throws IOException {
+    FaultProxy(int target) throws IOException {
         this.target = target;
         this.port = Servers.freePort();
         mend();

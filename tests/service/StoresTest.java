@@ -37,7 +37,7 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Stores that refuse, are slow, may not be written to, want TLS, were made by an earlier version,
         or sit behind a pooler. */
-@ExtendWith(Evidence.class)
+@ExtendWith(LogCapture.class)
 class StoresTest {
     /** A board whose database is used as somebody with few rights. */
     private static Map<String, String> as(String role, String database) {
@@ -56,8 +56,6 @@ class StoresTest {
         Servers.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '" + database
                 + "'");
     }
-
-    private static Dependency health() { return new Dependency("postgres", Database::isOutage); }
 
     @Nested class A_PostgreSQL {
         @Test void in_which_it_may_make_no_table_is_used_once_it_may() {
@@ -89,12 +87,12 @@ class StoresTest {
             Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("standby")
                     .toString(), "REDIS_HOST", "none"));
             try {
-                Config.Postgres to = own.start().postgres();
-                int port = to.hosts().getFirst().getPort();
+                Map<String, String> to = own.start(Map.of("REDIS_HOST", "none"));
+                int port = Integer.parseInt(to.get("DB_PORT"));
                 String url = "jdbc:postgresql://127.0.0.1:" + port + "/postgres";
                 try (Instance board = new Instance("standby", with("postgres", "DB_PORT", "" + port, "DB_PASS",
-                        to.pass().value()));
-                     Connection look = DriverManager.getConnection(url, "postgres", to.pass().value())) {
+                        to.get("DB_PASS")));
+                     Connection look = DriverManager.getConnection(url, "postgres", to.get("DB_PASS"))) {
                     board.say("a", "alone").expect(201);
                     look.createStatement().execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
                     look.createStatement().execute("SELECT pg_reload_conf()");
@@ -107,8 +105,8 @@ class StoresTest {
                             "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'");
                     row.next();
                     assertTrue(row.getInt(1) <= 1, "expected one session at most that waits on, saw " + row.getInt(1));
-                    isInTheWayWhenItWaitsForLong(DriverManager.getConnection(url, "postgres", to.pass().value()),
-                            with("postgres", "DB_PORT", "" + port, "DB_PASS", to.pass().value(), "INSTANCE_ID",
+                    isInTheWayWhenItWaitsForLong(DriverManager.getConnection(url, "postgres", to.get("DB_PASS")),
+                            with("postgres", "DB_PORT", "" + port, "DB_PASS", to.get("DB_PASS"), "INSTANCE_ID",
                                     "replaced"));
                     look.createStatement().execute("ALTER SYSTEM RESET synchronous_standby_names");
                     look.createStatement().execute("SELECT pg_reload_conf()");
@@ -124,11 +122,13 @@ class StoresTest {
             other.createStatement().execute("SET application_name = 'threefold replaced'");
             var waits = Wait.meanwhile(() -> other.createStatement().execute("CREATE TABLE waits ()"));
             Thread.sleep(300);
-            try (Database writes = new Database(config, health(), Database.Use.WRITES)) {
+            try (Postgres postgres = new Postgres(config)) {
+                var writes = postgres.session(Messages::requireNoStuckCommit);
                 assertEquals("in", writes.attempt(connection -> "in"), "a commit of this moment is in nobody's way");
             }
             Thread.sleep(1_000);
-            try (Database writes = new Database(config, health(), Database.Use.WRITES)) {
+            try (Postgres postgres = new Postgres(config)) {
+                var writes = postgres.session(Messages::requireNoStuckCommit);
                 assertThrows(SQLException.class, () -> writes.attempt(connection -> true));
             }
             assertFalse(waits.isDone(), "it waits");
@@ -206,12 +206,12 @@ class StoresTest {
             Embedded own = new Embedded(ConfigurationTest.config("DATA_DIR", Servers.FOLDER.resolve("let-go")
                     .toString(), "REDIS_HOST", "none"));
             try {
-                Config.Postgres to = own.start().postgres();
-                int port = to.hosts().getFirst().getPort();
+                Map<String, String> to = own.start(Map.of("REDIS_HOST", "none"));
+                int port = Integer.parseInt(to.get("DB_PORT"));
                 try (Instance board = new Instance("let-go", with("postgres", "DB_PORT", "" + port, "DB_PASS",
-                        to.pass().value()));
+                        to.get("DB_PASS")));
                      Connection look = DriverManager.getConnection("jdbc:postgresql://127.0.0.1:" + port + "/postgres",
-                             "postgres", to.pass().value());
+                             "postgres", to.get("DB_PASS"));
                      var work = look.createStatement()) {
                     board.say("a", "alone").expect(201);
                     work.execute("ALTER DATABASE postgres SET client_min_messages = error");
@@ -240,7 +240,7 @@ class StoresTest {
 
         @Test void in_which_it_may_only_read_is_up() throws Exception {
             String database = Servers.newDatabase();
-            try (Cable cable = new Cable(Servers.databasePort());
+            try (FaultProxy cable = new FaultProxy(Servers.databasePort());
                  Instance owner = new Instance("owner", Servers.environment(database))) {
                 owner.say("a", "to be read").expect(201);
                 Servers.sql(database, "CREATE ROLE reader LOGIN PASSWORD 'reader'; "
@@ -248,7 +248,7 @@ class StoresTest {
                 Map<String, String> environment = new HashMap<>(as("reader", database));
                 environment.put("DB_PORT", "" + cable.port());
                 try (Instance board = new Instance("reader", environment);
-                     EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
+                     EventsTest.Subscriber viewer = new EventsTest.Subscriber(board, "")) {
                     board.awaitReady();
                     for (int i = 0; i < 60; i++) {
                         board.say("a", "may not be written").unavailable();
@@ -256,7 +256,7 @@ class StoresTest {
                         board.get("/api/messages").expect(200);
                     }
                     viewer.awaits(owner.say("a", "still told").expect(201));
-                    assertFalse(Evidence.all().toString().contains("dependency_down"), "" + Evidence.last(5));
+                    assertFalse(LogCapture.all().toString().contains("store_unavailable"), "" + LogCapture.last(5));
                 }
             }
         }
@@ -310,7 +310,7 @@ class StoresTest {
             Servers.sql(database, "CREATE TABLE messages (id bigint PRIMARY KEY, subject text)");
             try (Instance board = new Instance("guest", Servers.environment(database))) {
                 board.say("a", "b").unavailable();
-                Wait.until("it says why", () -> Evidence.all().toString().contains("another program's"));
+                Wait.until("it says why", () -> LogCapture.all().toString().contains("another program's"));
                 assertEquals("starting", board.get("/readyz").expect(503).text("status"));
                 assertEquals(List.of("2"), Servers.sql(database,
                         "SELECT count(*) FROM pg_attribute WHERE attrelid = 'messages'::regclass AND attnum > 0"));
@@ -334,7 +334,7 @@ class StoresTest {
                  Instance board = new Instance("stale", with("postgres", "DB_PORT", "" + standby.port))) {
                 board.get("/api/messages").unavailable();
                 assertEquals("starting", board.get("/readyz").expect(503).text("status"));
-                Wait.until("it says why", () -> Evidence.all().toString().contains("it is a standby"));
+                Wait.until("it says why", () -> LogCapture.all().toString().contains("it is a standby"));
             }
         }
 
@@ -342,27 +342,28 @@ class StoresTest {
             Servers.sql("postgres", "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'");
             try (Instance board = new Instance("latin", Servers.environment("latin"))) {
                 board.say("a", "no place for an emoji").unavailable();
-                Wait.until("it says why", () -> Evidence.all().stream()
+                Wait.until("it says why", () -> LogCapture.all().stream()
                         .anyMatch(line -> line.contains("LATIN1") && line.contains("needs UTF8")));
             }
         }
 
         @Test void in_the_middle_of_a_long_statement_is_left_at_once() throws Exception {
             Config config = Config.from(Servers.environment(Servers.newDatabase()));
-            Database database = new Database(config, health(), Database.Use.READS);
-            var statement = Wait.meanwhile(() -> database.attempt(connection -> {
+            Postgres postgres = new Postgres(config);
+            var session = postgres.session(connection -> null);
+            var statement = Wait.meanwhile(() -> session.attempt(connection -> {
                 connection.setNetworkTimeout(Runnable::run, 60_000);
                 return connection.createStatement().execute("SET statement_timeout = 0; SELECT pg_sleep(20)");
             }));
             Thread.sleep(500);
             long began = System.nanoTime();
-            database.close();
+            postgres.close();
             assertThrows(Exception.class, statement::get);
             assertTrue(System.nanoTime() - began < 5_000_000_000L, "it waited for the statement");
         }
 
         @Test void that_refuses_the_password_is_not_asked_ten_times_a_second() throws Exception {
-            try (Cable cable = new Cable(Servers.databasePort()); Instance board = new Instance("guessing",
+            try (FaultProxy cable = new FaultProxy(Servers.databasePort()); Instance board = new Instance("guessing",
                     with(Servers.newDatabase(), "DB_PORT", "" + cable.port(), "DB_PASS", "wrong"))) {
                 board.say("a", "nobody lets it in").unavailable();
                 Wait.until("it was asked", () -> cable.accepted() > 0);
@@ -411,30 +412,6 @@ class StoresTest {
             }
         }
 
-        /** As the first version made it, and as its instances go on using it. */
-        @Test void of_the_first_version_is_made_ready_in_place() throws Exception {
-            String database = Servers.newDatabase();
-            Servers.sql(database, """
-                    CREATE TABLE messages (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-                      author text NOT NULL CHECK (author <> ''), body text NOT NULL CHECK (body <> ''),
-                      instance text NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
-                      request_key text NOT NULL CONSTRAINT messages_request_key UNIQUE);
-                    INSERT INTO messages (author, body, instance, request_key)
-                      SELECT 'a', 'old ' || n, 'web1', 'c:' || n FROM generate_series(1, 250) AS n""");
-            try (Instance board = new Instance("newer", Servers.environment(database))) {
-                board.awaitReady();
-                assertTrue(board.say("a", "old 7", "Idempotency-Key", "7").expect(200).id() == 7);
-                Servers.sql(database, "INSERT INTO messages (author, body, instance, request_key) VALUES ('a', "
-                        + "'by an old one', 'web2', 'k')");
-                board.say("a", "new").expect(201);
-                String tenth = Servers.sql(database, "SELECT tx || '-' || id FROM messages WHERE id = 10").getFirst();
-                try (EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=" + tenth)) {
-                    Wait.until("it has what came after message 10", () -> viewer.ids().size() == 242);
-                    viewer.checkInTurn();
-                }
-            }
-        }
-
         /** The numbers of transactions begin anew where a dump is read in: those in the rows lie in the future. */
         @Test void that_was_restored_from_a_dump_tells_its_messages() throws Exception {
             String database = Servers.newDatabase();
@@ -447,23 +424,23 @@ class StoresTest {
                     + "; CREATE TRIGGER slow BEFORE UPDATE ON messages FOR EACH ROW "
                             + "WHEN (OLD.tx IS DISTINCT FROM NEW.tx) EXECUTE FUNCTION slow()");
             try (Instance board = new Instance("restored", Servers.environment(database));
-                 EventsTest.Viewer viewer = new EventsTest.Viewer(board, "?after=0")) {
+                 EventsTest.Subscriber viewer = new EventsTest.Subscriber(board, "?after=0")) {
                 Wait.until("it is told", () -> viewer.ids().size() == 1);
                 viewer.awaits(board.say("a", "and what is new as well").expect(201));
                 viewer.checkInTurn();
             }
         }
 
-        /** As the index of a large table is made for minutes when the first version is replaced. */
+        /** As a large table may take when the schema changes. */
         @Test void whose_table_takes_long_to_change_keeps_no_request_waiting() throws Exception {
             String database = Servers.newDatabase();
             Servers.sql(database, "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS "
                     + "$$ BEGIN PERFORM pg_sleep(5); END $$; CREATE EVENT TRIGGER slow ON ddl_command_start "
                     + "WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow()");
             long began = System.nanoTime();
-            try (Database reads = new Database(Config.from(Servers.environment(database)), health(),
-                    Database.Use.READS)) {
-                assertThrows(SQLException.class, () -> reads.attempt(connection -> true));
+            try (Postgres postgres = new Postgres(Config.from(Servers.environment(database)))) {
+                Messages messages = new Messages(postgres, "reader");
+                assertThrows(StoreException.class, () -> messages.pages(List.of(PageQuery.NEWEST)));
             }
             assertTrue(System.nanoTime() - began < 2_500_000_000L, "a reader makes no schema");
             try (Instance board = new Instance("changing", Servers.environment(database))) {
@@ -546,7 +523,7 @@ class StoresTest {
             try (Instance board = new Instance("wary", with(Servers.newDatabase(), "DB_HOST", host, "DB_SSLMODE", mode,
                     "DB_SSLROOTCERT", folder.resolve(authority).toString()))) {
                 board.say("a", "not to a stranger").unavailable();
-                Wait.until("it says why", () -> Evidence.all().toString()
+                Wait.until("it says why", () -> LogCapture.all().toString()
                         .matches("(?is).*(certificate|hostname|PKIX).*"));
             }
         }
@@ -571,7 +548,7 @@ class StoresTest {
                  Instance two = new Instance("pooled-2", with(database, "DB_PORT", "" + port))) {
                 one.awaitReady();
                 two.awaitReady();
-                try (EventsTest.Viewer viewer = new EventsTest.Viewer(one, "")) {
+                try (EventsTest.Subscriber viewer = new EventsTest.Subscriber(one, "")) {
                     List<Long> stored = new ArrayList<>();
                     for (int i = 0; i < 60; i++) stored.add((i % 2 == 0 ? one : two).say("a", "pooled " + i)
                             .expect(201).id());
@@ -641,7 +618,7 @@ class StoresTest {
                     .toString(),
                     "DB_HOST", "none"));
             try {
-                Config.Redis redis = own.start().redis();
+                Config.Redis redis = Config.from(own.start(Map.of("DB_HOST", "none"))).redis();
                 int port = redis.hosts().getFirst().getPort();
                 try (Jedis jedis = new Jedis("127.0.0.1", port); Instance board = new Instance("replica",
                         with(Servers.newDatabase(), "REDIS_PORT", "" + port, "REDIS_PASS", redis.pass().value()))) {
@@ -681,7 +658,7 @@ class StoresTest {
                     assertEquals("ready", OutageTest.status(board));
                 }
                 assertTrue(board.visits() > 2);
-                assertFalse(Evidence.all().toString().contains("dependency_down"), "" + Evidence.last(5));
+                assertFalse(LogCapture.all().toString().contains("store_unavailable"), "" + LogCapture.last(5));
             }
         }
 
@@ -693,11 +670,10 @@ class StoresTest {
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                     Thread.sleep(100);
                 }
-                Dependency health = new Dependency("redis", RedisConnection::isOutage);
-                health.passed(); // as another connection has it, which leads to the primary
-                try (Counters counters = new Counters(Config.from(with("none", "REDIS_PORT", "" + replica.port,
-                        "REDIS_PASS", "")), health)) {
-                    assertThrows(Problem.class, counters::read, "each connection proves where it leads");
+                try (Redis redis = new Redis(Config.from(with("none", "REDIS_PORT", "" + replica.port,
+                        "REDIS_PASS", "")))) {
+                    assertThrows(StoreException.class, new Counters(redis, "reader")::read,
+                            "each connection proves where it leads");
                 }
             }
         }
@@ -719,7 +695,7 @@ class StoresTest {
                 }
                 one.kill();
                 try (Instance board = new Instance("undecided", environment)) {
-                    Wait.until("it finds no majority", () -> Evidence.all().toString().contains("do not agree"));
+                    Wait.until("it finds no majority", () -> LogCapture.all().toString().contains("do not agree"));
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                 }
                 try (Jedis old = new Jedis("127.0.0.1", before.port)) { assertFalse(old.exists("visits:total")); }
@@ -746,33 +722,6 @@ class StoresTest {
                     "REDIS_DB", "4"));
         }
 
-        @Test void of_the_first_version_keeps_its_counts() throws Exception {
-            try (Jedis jedis = in(5)) {
-                jedis.set("visits:total", "12");
-                jedis.hset("visits:by-instance", Map.of("web1", "7", "newer", "5"));
-                try (Instance board = new Instance("newer", with(Servers.newDatabase(), "REDIS_DB", "5"))) {
-                    board.awaitReady();
-                    assertEquals(13, board.visits());
-                    assertEquals(JsonParser.parseString("{\"total\":13,\"byInstance\":{\"web1\":7,\"newer\":6}}"),
-                            board.get("/api/visits").expect(200).json());
-                }
-            }
-        }
-
-        /** Where instances of the first version run beside new ones for a while. */
-        @Test void into_which_the_first_version_goes_on_counting_loses_no_part_of_the_total() throws Exception {
-            try (Jedis jedis = in(9); Instance board = new Instance("newer",
-                    with(Servers.newDatabase(), "REDIS_DB", "9"))) {
-                board.awaitReady();
-                board.visits();
-                jedis.hincrBy("visits:by-instance", "older", 3);
-                jedis.incrBy("visits:total", 3);
-                Wait.until("the parts are the whole", Duration.ofSeconds(15), () ->
-                        JsonParser.parseString("{\"total\":4,\"byInstance\":{\"newer\":1,\"older\":3}}")
-                                .equals(board.get("/api/visits").expect(200).json()));
-            }
-        }
-
         /** A Redis Cluster refuses commands whose keys are not all in one slot. */
         @Test void that_is_a_cluster_counts() throws Exception {
             try (RedisProgram server = new RedisProgram("cluster-enabled yes", "save \"\"");
@@ -795,23 +744,21 @@ class StoresTest {
                 jedis.set("visits:total", "20");
                 jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
                 Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
-                Dependency health = new Dependency("redis", RedisConnection::isOutage);
-                health.passed();
-                Counters counters = new Counters(config, health);
-                Presence presence = new Presence("settled", Presence.READY, "", "", 0L);
-                counters.beat(presence, Set.of()); // it can't say yet who is here
-                assertEquals(3, counters.read().byInstance().size());
-                for (int i = 0; i < 20; i++) counters.beat(presence, Set.of("here", "settled"));
-                assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read().byInstance());
-                assertEquals(20, counters.read().total());
-                counters.close();
+                try (Redis redis = new Redis(config)) {
+                    Counters counters = new Counters(redis, "settled");
+                    counters.compact(Set.of()); // it cannot know yet which instances live
+                    assertEquals(3, counters.read().byInstance().size());
+                    counters.compact(Set.of("here", "settled"));
+                    assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read().byInstance());
+                    assertEquals(20, counters.read().total());
+                }
             }
         }
 
         @Test void on_which_others_say_odd_things_goes_on_waking() throws Exception {
             try (Jedis jedis = Servers.jedis(); Instance board = new Instance("calm",
                     Servers.environment(Servers.newDatabase()));
-                 EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
+                 EventsTest.Subscriber viewer = new EventsTest.Subscriber(board, "")) {
                 board.awaitReady();
                 for (String word : List.of("", "\n", "visits", "visits\n", "messages\nx y", "messages\n1", "missed",
                         "\u0000\uffff", "{}", "[]", "1",
@@ -824,14 +771,14 @@ class StoresTest {
                 long visit = board.visits();
                 Wait.until("the visit is told", () -> viewer.lastVisits() >= visit);
                 assertFalse(board.get("/api/instances").body().contains("<b>"));
-                assertFalse(Evidence.all().toString().contains("unexpected"), "" + Evidence.last(5));
+                assertFalse(LogCapture.all().toString().contains("internal_error"), "" + LogCapture.last(5));
             }
         }
 
         @Test void with_an_odd_counter_ends_no_thread() throws Exception {
             try (Jedis jedis = in(6); Instance board = new Instance("odd",
                     with(Servers.newDatabase(), "REDIS_DB", "6"));
-                 EventsTest.Viewer viewer = new EventsTest.Viewer(board, "")) {
+                 EventsTest.Subscriber viewer = new EventsTest.Subscriber(board, "")) {
                 board.awaitReady();
                 jedis.set("visits:by-instance", "no hash");
                 jedis.hset("{visits:total}:by-instance", "odd", "many");
