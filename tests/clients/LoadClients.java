@@ -84,16 +84,13 @@ public final class LoadClients {
             case "seen"        -> report.value("instances", current.instancesSince(now() - 1_000));
             case "count"       -> report.value("acknowledged", current.count(attempt -> attempt.number > 0));
             case "others"      -> current.otherVisits += Integer.parseInt(words[1]);
+            case "flood"       -> load.add(Integer.parseInt(words[1]), number -> new Client(number).flood());
             case "stop"        -> stop(report);
             case "everything"  -> checkEverything(report);
             case "direct"      -> startDirect(words[1]);
             case "direct-stop" -> stopDirect(report);
-            case "flood"       -> startFlood(Integer.parseInt(words[1]));
-            case "flood-stop"  -> stopFlood(report);
-            case "slow"        -> startSlow(Integer.parseInt(words[1]));
-            case "slow-stop"   -> stopSlow(report);
-            case "hang-up"     -> disconnect(Integer.parseInt(words[1]), report);
-            case "forwarded"   -> spoof(report);
+            case "disconnect"  -> disconnect(Integer.parseInt(words[1]), report);
+            case "spoof"       -> spoof(report);
             default -> throw new IllegalArgumentException(words[0]);
         }
     }
@@ -131,7 +128,7 @@ public final class LoadClients {
         /** No retry either. An instance may count a visit and die before it responds. */
         once,
         /** Retries with the same Idempotency-Key. One client in four sends no key and does not retry. */
-        repeat
+        retry
     }
 
     private final int port;
@@ -188,9 +185,9 @@ public final class LoadClients {
 
         Client(int number) {
             this.number = number;
-            keyless = number % (current.mode == Mode.repeat ? 4 : 2) == 1;
+            keyless = number % (current.mode == Mode.retry ? 4 : 2) == 1;
             List<String> hosts = sides.get(number % sides.size());
-            boolean nextIsBetter = current.mode == Mode.repeat || hosts.size() > 1;
+            boolean nextIsBetter = current.mode == Mode.retry || hosts.size() > 1;
             connection = new Connection(hosts, number / sides.size(),
                     nextIsBetter ? SHORT_CONNECT_MILLIS : RESPONSE_MILLIS);
         }
@@ -212,7 +209,7 @@ public final class LoadClients {
         }
 
         void flood() {
-            while (flood.running) send(Kind.FLOOD, get("/healthz"));
+            while (load.running) send(Kind.FLOOD, get("/healthz"));
             connection.close();
         }
 
@@ -239,7 +236,7 @@ public final class LoadClients {
             long giveUp = now() + RETRY_MILLIS;
             for (int wait = 50; ; wait = Math.min(400, 2 * wait)) {
                 Answer answer = attempt(kind, request);
-                boolean mayRetry = current.mode == Mode.repeat && answer.isTemporary();
+                boolean mayRetry = current.mode == Mode.retry && answer.isTemporary();
                 if (answer.isGood() || mayRetry && keyless) return answer;
                 if (!mayRetry || now() > giveUp) {
                     current.failures.add(kind + ": " + expected("2xx", answer));
@@ -324,6 +321,7 @@ public final class LoadClients {
             report.value("posts", count(attempt -> attempt.kind == Kind.POST));
             report.value("visits", count(Attempt::isVisit));
             report.value("reads", count(attempt -> attempt.kind == Kind.READ));
+            report.value("flood", count(attempt -> attempt.kind == Kind.FLOOD));
             report.value("rate", history.size() * 1_000L / Math.max(1, ended - began));
             report.value("outcomes", history.stream().collect(groupingBy(Attempt::outcome, TreeMap::new, counting()))
                     .toString().replaceAll("[{} ]", "").replace('=', ':'));
@@ -483,47 +481,6 @@ public final class LoadClients {
 
     // ------------------------------------------------------------------------------------------- Hostile clients
 
-    private Workers flood;
-
-    /** More clients, without a pause between two requests. */
-    private void startFlood(int count) {
-        flood = new Workers();
-        flood.add(count, number -> new Client(number).flood());
-    }
-
-    private void stopFlood(Report report) throws Exception {
-        flood.stop();
-        report.value("flood", current.count(attempt -> attempt.kind == Kind.FLOOD) * 1_000 / flood.millis());
-        report.findings("flood-failed", current.failures.stream());
-    }
-
-    private final Queue<Socket> slow = new ConcurrentLinkedQueue<>();
-    private Workers dribble;
-
-    /** Clients that send a byte of a request's head each half second, until nginx closes the connection. */
-    private void startSlow(int count) throws IOException {
-        for (int i = 0; i < count; i++) slow.add(new Socket(sides.getFirst().getFirst(), port));
-        slow.removeIf(socket -> !accepts(socket, "GET / HTTP/1.1\r\nHost: threefold\r\nX-Slow: "));
-        dribble = new Workers();
-        dribble.add(1, number -> {
-            for (; dribble.running; pause(500)) slow.removeIf(socket -> !accepts(socket, "z"));
-        });
-    }
-
-    private void stopSlow(Report report) throws Exception {
-        dribble.stop();
-        report.value("open", slow.size());
-        for (Socket socket : slow) socket.close();
-        slow.clear();
-    }
-
-    private static boolean accepts(Socket socket, String bytes) {
-        try {
-            socket.getOutputStream().write(bytes.getBytes(UTF_8));
-            return true;
-        } catch (IOException e) { return false; }
-    }
-
     /** Clients, 64 at a time, that reset the connection in the middle of an exchange. */
     private void disconnect(int count, Report report) throws Exception {
         AtomicInteger done = new AtomicInteger();
@@ -532,7 +489,7 @@ public final class LoadClients {
             for (int number = worker; number < count; number += 64) if (disconnected(number)) done.incrementAndGet();
         });
         clients.stop();
-        report.value("hung-up", done);
+        report.value("disconnected", done);
     }
 
     private boolean disconnected(int number) {
@@ -563,7 +520,7 @@ public final class LoadClients {
         instance.start();
         try (Socket socket = new Socket(sides.getFirst().getFirst(), port)) {
             report.value("own", socket.getLocalAddress().getHostAddress());
-            report.value("told", read("/" + run, "X-Forwarded-For: 203.0.113.7", "X-Real-IP: 203.0.113.7",
+            report.value("headers", read("/" + run, "X-Forwarded-For: 203.0.113.7", "X-Real-IP: 203.0.113.7",
                     "Forwarded: for=203.0.113.7", "X-Forwarded-Proto: https", "X-Proxy-Request-Id: 203.0.113.7"));
         } finally {
             instance.stop(0);
@@ -685,10 +642,7 @@ public final class LoadClients {
     private static final class Workers {
         private final ExecutorService threads = Executors.newCachedThreadPool();
         private final List<Future<?>> tasks = new ArrayList<>();
-        private final long began = now();
         volatile boolean running = true;
-
-        long millis() { return now() - began; }
 
         void add(int count, IntConsumer work) {
             IntStream.range(0, count).forEach(number -> tasks.add(threads.submit(() -> work.accept(number))));

@@ -38,7 +38,7 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * the two sides of a network partition: clients alternate between them.
  *
  * <pre>
- *   returns       streams after the first one of a subscriber
+ *   reconnects    streams after the first one of a subscriber
  *   unanswered    retried, and not acknowledged within 30 s after the end
  *   missing       acknowledged, but not received by a subscriber
  *   doubled       received twice
@@ -106,7 +106,7 @@ public final class SseClients {
             counts.append(kind).append('=').append(found.size()).append(' ');
             found.stream().limit(5).forEach(finding -> lines.append("- " + kind + ": " + finding.text + "\n"));
         }
-        System.out.printf("acknowledged=%d rate=%.0f retries=%d viewers=%d returns=%d %swrong=%d%n%s",
+        System.out.printf("acknowledged=%d rate=%.0f retries=%d subscribers=%d reconnects=%d %swrong=%d%n%s",
                 acknowledged.size(), acknowledged.size() / seconds, retries.get(), subscribers.size(),
                 subscribers.stream().mapToInt(subscriber -> subscriber.streams - 1).sum(), counts, findings.size(),
                 lines);
