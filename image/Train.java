@@ -108,7 +108,7 @@ public final class Train {
         List<Ask> round = new ArrayList<>();
         for (int time = 0; time < OFTEN; time++)
             for (Ask ask : ASKS) if (time < ask.times) round.add(ask);
-        for (int i = 0; i < SUBSCRIBERS; i++) watch(port, i % 2 == 0 ? "" : "?after=0");
+        for (int i = 0; i < SUBSCRIBERS; i++) subscribe(port, i % 2 == 0 ? "" : "?after=0");
         long began = System.nanoTime();
         try (ExecutorService threads = Executors.newFixedThreadPool(CONNECTIONS)) {
             List<Future<?>> all = new ArrayList<>();
@@ -138,13 +138,13 @@ public final class Train {
             }
     }
 
-    /** Somebody who watches until the instance stops; a thread of its own takes what comes. */
-    private static void watch(int port, String query) throws IOException {
-        Connection viewer = new Connection(port);
-        viewer.socket.getOutputStream()
+    /** A subscriber that stays until the instance stops. */
+    private static void subscribe(int port, String query) throws IOException {
+        Connection subscriber = new Connection(port);
+        subscriber.socket.getOutputStream()
                 .write(new Ask(1, 200, "GET", "/api/events" + query, "", "Accept", "text/event-stream").bytes());
         Thread.ofPlatform().daemon().start(() -> {
-            try (viewer) { viewer.in.transferTo(OutputStream.nullOutputStream()); }
+            try (subscriber) { subscriber.in.transferTo(OutputStream.nullOutputStream()); }
             catch (IOException end) { /* it stopped */ }
         });
     }

@@ -20,7 +20,7 @@ import java.util.TreeMap;
  * Checks objects of Kubernetes, as {@code kubectl kustomize} prints them, against the schema of its API: each field has
  * to be one that exists, of the right type, and none that is required may be missing. The classes of the project's own
  * Java client are made from that schema and know it. It also checks what no schema says: that each name that one object
- * uses for another is that of an object which is there, and that whoever selects by label finds something.
+ * uses for another is that of an object which is there, and that each selector of labels finds an object.
  *
  * <p>{@code kubectl kustomize cluster/kubernetes | jbang tests/lint/KubernetesManifestCheck.java}
  */

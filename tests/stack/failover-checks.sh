@@ -27,22 +27,22 @@ wal_syncs() {
         WHERE a.application_name LIKE 'threefold %' AND io.object = 'wal'"
 }
 
-# 25 MB of events, and five subscribers that were stopped after they had subscribed. They have no name; instances have.
+# 25 MB of heartbeats, and five subscribers that hang. They have no name; instances have one.
 check_stalled_subscribers() {
   local seen
   seen=$(docker compose exec -T redis bash -c '
-    for n in 1 2 3 4 5; do redis-cli subscribe threefold:events >/dev/null & stalled="$stalled $!"; done
-    trap "kill -9 $stalled; rm /tmp/event" EXIT
+    for n in 1 2 3 4 5; do redis-cli subscribe threefold:instances:0 >/dev/null & stalled="$stalled $!"; done
+    trap "kill -9 $stalled; rm /tmp/heartbeat" EXIT
     for try in $(seq 100); do
       [ "$(redis-cli client list type pubsub | grep -c " name= ")" -lt 5 ] || break; sleep 0.1
     done
     kill -STOP $stalled
-    head -c 500000 /dev/zero | tr "\0" x >/tmp/event
-    for n in $(seq 50); do redis-cli -x publish threefold:events </tmp/event; done | sed -n 1p
+    head -c 500000 /dev/zero | tr "\0" x >/tmp/heartbeat
+    for n in $(seq 50); do redis-cli -x publish threefold:instances:0 </tmp/heartbeat; done | sed -n 1p
     redis-cli incr threefold:stalled; redis-cli del threefold:stalled' 2>&1) || true
-  bound "subscribers that got the first event" "at least" 8 "$(sed -n 1p <<<"$seen")"
+  bound "subscribers that got the first heartbeat" "at least" 8 "$(sed -n 1p <<<"$seen")"
   check "Redis counts" 1 "$(sed -n 2p <<<"$seen")"
-  summary="the first event went to $(sed -n 1p <<<"$seen"); after 25 MB of events Redis counts"
+  summary="the first heartbeat went to $(sed -n 1p <<<"$seen"); after 25 MB of them Redis counts"
 }
 
 check_client_disconnects() {
