@@ -48,9 +48,9 @@ check_stalled_subscribers() {
 check_client_disconnects() {
   local what
   for what in descriptors Threads VmRSS nginx; do levels $what >"$WORK/before-$what"; done
-  send hang-up 10000
-  bound "clients that disconnected, of 10,000" "at least" 9900 "$(value hung-up)"
-  summary="$(value hung-up) clients disconnected"
+  send disconnect 10000
+  bound "clients that disconnected, of 10,000" "at least" 9900 "$(value disconnected)"
+  summary="$(value disconnected) clients disconnected"
   wait_for 20 holds released || { fail "not released after 20 s"; cat "$WORK/holds"; }
   for what in descriptors Threads VmRSS nginx; do
     summary+="; $what $(cut -d' ' -f2 "$WORK/before-$what" | paste -sd/ -)"
@@ -123,9 +123,9 @@ check_other_version() {
 check_spoofed_headers() {
   local headers own
   docker network connect --alias web-extra "$backend" "$RUN-load" || return 1
-  send forwarded
+  send spoof
   docker network disconnect "$backend" "$RUN-load"
-  headers=$(value told | tr '|' '\n') own=$(value own)
+  headers=$(value headers | tr '|' '\n') own=$(value own)
   check "headers about the client" "x-forwarded-for:$own x-forwarded-proto:http x-real-ip:$own" \
     "$(grep -E '^(x-)?forwarded|^x-real-ip|203\.0\.113\.7' <<<"$headers" | sort | paste -sd' ' -)"
   summary="X-Forwarded-For and X-Real-IP are the client's own address"
