@@ -32,7 +32,7 @@ help-all:
 
 ##@ Run
 up: ## build the image, start the stack, wait until it is healthy, print its address (BALANCE=least_conn)
-	@. scripts/lib.sh && own_stack && check_balance && claim_data && check_nginx || $(hint)
+	@. scripts/lib.sh && own_stack && check_nginx && claim_data || $(hint)
 	@BALANCE=$$(. scripts/lib.sh && first_balance) docker compose up --detach --build --wait || \
 	  { scripts/why >&2; false; } || $(hint)
 	@. scripts/lib.sh && reload_nginx "$${BALANCE:-round-robin}" && say "Threefold answers at $$URL"
@@ -47,8 +47,7 @@ down: ## stop the stack and keep its data
 	@. scripts/lib.sh && own_stack && $(compose_all) down --remove-orphans
 
 clean: ##+ stop the stack and delete its data and image, after a question
-	@. scripts/lib.sh && own_stack
-	@name=$$(docker compose config | sed -n 's/^name: //p'); \
+	@name=$$(. scripts/lib.sh && own_stack && project); \
 	  read -rp "This deletes all messages and counters of the stack \"$$name\", and the image. Type yes: " answer || :; \
 	  [ "$$answer" = yes ] || { echo "Nothing was deleted."; exit 1; }
 	@$(compose_all) down --remove-orphans --volumes
