@@ -2804,27 +2804,25 @@ final class HtmlPage {
 
     /** What the template asks for, by name. */
     private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, List<Presence> present, Form form) {
+                        PageQuery query, List<Presence> statuses, Form form) {
         String title() { return form.isRefused() ? "Not stored" : instance; }
-        boolean postgresAway() { return page.messages() == null; }
-        boolean redisAway() { return counts.total() == null; }
+        boolean postgresUnavailable() { return page.messages() == null; }
+        boolean redisUnavailable() { return counts.total() == null; }
         boolean isLong() { return instance.length() > 9; }
         String visit() { return visitNumber == null ? "Not counted as a visit" : format("Visit %,d", visitNumber); }
-        String total() { return redisAway() ? "unknown" : format("%,d", counts.total()); }
-        int authorMost() { return Draft.AUTHOR_MOST; }
-        String authorLimit() { return format("%,d", Draft.AUTHOR_MOST); }
+        String total() { return redisUnavailable() ? "unknown" : format("%,d", counts.total()); }
+        int authorMax() { return Draft.AUTHOR_MOST; }
         String authorError() { return form.errors().get("author"); }
-        int bodyMost() { return Draft.BODY_MOST; }
-        String bodyLimit() { return format("%,d", Draft.BODY_MOST); }
+        int bodyMax() { return Draft.BODY_MOST; }
         String bodyError() { return form.errors().get("body"); }
         boolean isNewest() { return query.before() == PageQuery.NEWEST.before(); }
         String cursor() { return page.cursor(); }
         String older() { return page.next(); }
         Row blankMessage() { return Row.BLANK; }
         Share blankShare() { return Share.BLANK; }
-        List<Row> messages() { return postgresAway() ? null : page.messages().stream().map(Row::of).toList(); }
+        List<Row> messages() { return postgresUnavailable() ? null : page.messages().stream().map(Row::of).toList(); }
 
-        Presence blankPresence() { return new Presence("", "", "", "", null); }
+        Presence blankStatus() { return new Presence("", "", "", "", null); }
 
         List<Share> shares() {
             return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(BY_NAME))
