@@ -380,11 +380,11 @@ async function post(event) {
   setSending(true);
   const answer = await sendUntilAnswered();
   setSending(false);
-  if (answer) showAnswerToPost(answer);
+  if (answer) showOutcome(answer);
   else setText($('form-trouble'), 'Perhaps not stored. Send it again unchanged: it will not be stored twice.');
 }
 
-function showAnswerToPost(answer) {
+function showOutcome(answer) {
   const { id, instance, errors, detail } = answer;
   for (const field of fields) showError(field, errors?.[field.id] ?? '');
   setText($('form-trouble'), id || errors ? '' : 'Not stored: ' + detail);
