@@ -198,7 +198,7 @@ let cursor = list.dataset.cursor ?? ''; // empty: unknown, as on a page that was
 let stream, turn; // a turn, as leader or in the queue for it, ends when the window is hidden
 let channel = navigator.locks && window.BroadcastChannel ? new BroadcastChannel('events') : null; // null: all lead
 let lastEvent; // by the clock, since timers stand still while a computer sleeps
-const latest = new Map(); // by type: the state that a window needs when it joins
+const latest = new Map(); // by type: the state that the leader gives to a window that joins
 
 function showLink(state) {
   $('link').dataset.state = state;
@@ -237,9 +237,11 @@ function lead(signal) {
     if (stream.readyState === EventSource.CLOSED) // refused: the browser does not try again
       setTimeout(() => signal.aborted || follow(true), 1000);
   };
-  latest.clear();
-  signal.addEventListener('abort', () => stream.close());
-  return new Promise(done => signal.addEventListener('abort', done));
+  return new Promise(done => signal.onabort = () => {
+    stream.close();
+    latest.clear();
+    done();
+  });
 }
 
 /** Gives an event to all windows. By `after`, a window sees whether it has missed one. */
@@ -259,8 +261,7 @@ function take(event) {
 
 if (channel) channel.onmessage = ({ data: event }) => {
   if (event.type !== 'hello') take(event);
-  else if (stream && stream.readyState !== EventSource.CLOSED)
-    latest.forEach((data, type) => channel.postMessage({ type, data, after: cursor, cursor }));
+  else latest.forEach((data, type) => channel.postMessage({ type, data, after: cursor, cursor }));
 };
 
 /** A sleep, another network or a proxy can end a stream without an error; a clock can be set back. */
@@ -310,17 +311,17 @@ async function sendMany() {
   $('cells').replaceChildren();
   setText($('summary'), '');
   const byInstance = {};
-  let sent = 0, failed = 0;
+  let sent = 0;
   const sender = async () => {
     while (sent++ < 90) {
       const instance = await getJson('/', 15_000).then(answer => answer.instance, () => null);
       drawCell(instance);
       if (instance) byInstance[instance] = (byInstance[instance] ?? 0) + 1;
-      else failed++;
       showShares($('answers'), byInstance);
     }
   };
   await Promise.all([sender(), sender(), sender(), sender()]);
+  const failed = $('cells').querySelectorAll(':not(.own)').length;
   setText($('summary'), failed ? failed + ' of 90 failed' : 'All 90 answered');
   $('cells').ariaLabel = $('summary').textContent;
   $('send90').ariaDisabled = 'false';
@@ -399,14 +400,12 @@ function showOutcome(answer) {
 
 // ---- Start
 
-paint($('answer'), $('instance').textContent);
-for (const row of document.querySelectorAll('[data-name]')) paint(row, row.dataset.name);
+for (const one of document.querySelectorAll('[data-name]')) paint(one, one.dataset.name);
 for (const item of list.children) finish(item);
 $('icon').href = $('icon').href.replace(/hsl\([0-9]+,[0-9]+/, 'hsl(' + hue($('instance').textContent) + ',65');
 if (location.pathname !== '/') history.replaceState(null, '', '/'); // a reload must not send the form again
 listChanged();
 $('try').hidden = false;
-$('write').noValidate = true; // errors stand beside the fields, not in the browser's bubbles
 $('write').addEventListener('input', event => showLength(event.target));
 $('write').addEventListener('submit', post);
 $('send90').addEventListener('click', sendMany);
