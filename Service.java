@@ -1137,8 +1137,8 @@ final class HtmlPage {
     }
 
     byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
-            List<InstanceStatus> present, Form form) {
-        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
+            List<InstanceStatus> statuses, Form form) {
+        return template.execute(new View(style, script, instance, visit, counts, page, query, statuses, form))
                 .getBytes(UTF_8);
     }
 
@@ -1169,18 +1169,16 @@ final class HtmlPage {
 
     /** The names of the template. */
     private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, List<InstanceStatus> present, Form form) {
+                        PageQuery query, List<InstanceStatus> statuses, Form form) {
         String title() { return form.isRejected() ? "Not stored" : instance; }
         boolean postgresUnavailable() { return page.messages() == null; }
         boolean redisUnavailable() { return counts.total() == null; }
         boolean isLong() { return instance.length() > 9; }
         String visit() { return visitNumber == null ? "Not counted as a visit" : format("Visit %,d", visitNumber); }
         String total() { return redisUnavailable() ? "unknown" : format("%,d", counts.total()); }
-        int authorMost() { return NewMessage.MAX_AUTHOR; }
-        String authorLimit() { return format("%,d", NewMessage.MAX_AUTHOR); }
+        int authorMax() { return NewMessage.MAX_AUTHOR; }
         String authorError() { return form.errors().get("author"); }
-        int bodyMost() { return NewMessage.MAX_BODY; }
-        String bodyLimit() { return format("%,d", NewMessage.MAX_BODY); }
+        int bodyMax() { return NewMessage.MAX_BODY; }
         String bodyError() { return form.errors().get("body"); }
         boolean isNewest() { return query.before() == PageQuery.NEWEST.before(); }
         String cursor() { return page.cursor(); }
@@ -1189,7 +1187,7 @@ final class HtmlPage {
         Share blankShare() { return Share.BLANK; }
         List<Row> messages() { return postgresUnavailable() ? null : page.messages().stream().map(Row::of).toList(); }
 
-        InstanceStatus blankPresence() { return new InstanceStatus("", "", "", "", null); }
+        InstanceStatus blankStatus() { return new InstanceStatus("", "", "", "", null); }
 
         List<Share> shares() {
             return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(InstanceStatus.BY_NAME))
