@@ -140,7 +140,7 @@ public final class Train {
             }
     }
 
-    /** Somebody who watches until the instance stops; a thread of its own takes what comes. */
+    /** A subscriber that stays until the instance stops. */
     private static void watch(int port, String query) throws IOException {
         Connection subscriber = new Connection(port);
         subscriber.socket.getOutputStream()
