@@ -11,7 +11,7 @@ MONITOR=http://localhost:${MONITOR_PORT:-9090}
 WORK=$(mktemp -d)
 # shellcheck disable=SC2034 # the scripts use it
 RUN="$(basename "$0")-$$-$RANDOM" # marks this run's requests in all logs
-failures=0
+passes=0 failures=0 failed=''
 
 # Before its end, however it ends, a script runs its function `leave`, if it has one.
 at_exit() {
@@ -19,6 +19,7 @@ at_exit() {
   trap '' INT TERM
   ! declare -F leave >/dev/null || leave || true
   rm -rf "$WORK"
+  [ "${JSON:-}" != 1 ] || [ -z "${claim:-}" ] || verdict $code
   exit $code
 }
 trap at_exit EXIT
@@ -34,8 +35,8 @@ need_bash_4() {
 # --- Reporting, waiting, requests -------------------------------------------------------------------------------------
 
 say()  { printf '%s\n' "$*"; }
-pass() { printf '  ok    %s\n' "$*"; }
-fail() { printf '  FAIL  %s\n' "$*"; failures=$((failures + 1)); }
+pass() { printf '  ok    %s\n' "$*"; passes=$((passes + 1)); }
+fail() { printf '  FAIL  %s\n' "$*"; failures=$((failures + 1)) failed+="; $*"; }
 
 # check WHAT EXPECTED SEEN
 check() { if [ "$2" = "$3" ]; then pass "$1: $3"; else fail "$1: expected $2, saw $3"; fi; }
@@ -55,6 +56,15 @@ finish() {
   say "FAILED: $failures checks"
   exit 1
 }
+
+# verdict EXIT-CODE: with JSON=1, the last line of a script that has a $claim is this object, for grading
+verdict() {
+  local passed=false
+  [ "$1" != 0 ] || passed=true
+  printf '{"claim":%s,"expected":%s,"seen":%s,"passed":%s}\n' "$(quoted "$claim")" \
+    "$(quoted "all checks pass, exit code 0")" "$(quoted "$passes checks pass, exit code $1$failed")" $passed
+}
+quoted() { printf '"%s"' "$(printf %s "$1" | LC_ALL=C tr '\000-\037' ' ' | sed 's/["\\]/\\&/g')"; }
 
 # wait_for SECONDS COMMAND...: repeats it until it succeeds
 wait_for() {
@@ -93,7 +103,7 @@ project() { docker compose config | sed -n 's/^name: //p'; }
 # instances: a line "service address" for each web container
 instances() {
   local ids
-  ids=$(docker compose ps -q web1 web2 web3 web-extra)
+  ids=$(docker compose ps --format '{{.ID}} {{.Service}}' | sed -n 's/ web.*//p')
   [ -z "$ids" ] || xargs docker inspect --format '{{index .Config.Labels "com.docker.compose.service"}} {{
     range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' <<<"$ids" # macOS' xargs has no -r
 }
@@ -143,8 +153,8 @@ own_stack() {
 # claim_data: a new volume gets the label with this folder. Compose creates a volume with other settings itself.
 claim_data() {
   local volume
-  volume=$(data_volume) && [ -n "$volume" ] || return 1
-  [[ "$volume" != *$'\n'* ]] && ! docker volume inspect "$volume" >/dev/null 2>&1 || return 0
+  volume=$(data_volume) || return 1
+  [ -n "$volume" ] && [[ "$volume" != *$'\n'* ]] && ! docker volume inspect "$volume" >/dev/null 2>&1 || return 0
   docker volume create --label "$FOLDER=$(pwd -P)" --label com.docker.compose.volume=postgres-data \
     --label "com.docker.compose.project=$(project)" "$volume" >/dev/null
 }
