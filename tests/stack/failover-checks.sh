@@ -103,12 +103,13 @@ rejected() {
 
 # Alive, ready and healthy are three things: PostgreSQL serves all instances, so its end says nothing about one of them.
 check_health() {
-  local all="web1 web2 web3"
+  local all="web1 web2 web3" codes used
   docker compose stop postgres
   wait_for 5 holds each /readyz "degraded 200" || true
   each /healthz "ok 200"
   each /readyz "degraded 200"
-  check "exit codes of Docker's health checks, without PostgreSQL" "web1 0 web2 0 web3 0 nginx 0" "$(health_checks)"
+  codes=$(health_checks)
+  check "exit codes of Docker's health checks, without PostgreSQL" "web1 0 web2 0 web3 0 nginx 0" "$codes"
   check "instances that nginx uses, without PostgreSQL" "$all" "$(in_use)"
   check "a message, without PostgreSQL" 503 "$(post test-failover "$RUN health" | tail -n 1)"
   check "a visit, without PostgreSQL" 200 "$(curl -sS -m 5 -o "$WORK/visit" -w '%{http_code}' "$URL/")"
@@ -120,11 +121,12 @@ check_health() {
     >"$WORK/unhealthy.yml"
   docker compose -f docker-compose.yml -f "$WORK/unhealthy.yml" up --detach --no-deps --no-build web2
   wait_for 20 unhealthy web2 && wait_for 5 serves web2 || fail "web2 is unhealthy and serves"
-  check "instances that nginx uses, while Docker calls web2 unhealthy" "$all" "$(in_use)"
+  used=$(in_use)
+  check "instances that nginx uses, while Docker calls web2 unhealthy" "$all" "$used"
   check "web2 in Docker" "unhealthy, 0 restarts" "$(docker compose ps -q web2 |
     xargs docker inspect --format '{{.State.Health.Status}}, {{.RestartCount}} restarts')"
   replace web2
-  summary="without PostgreSQL all live, are degraded, healthy and in use; an unhealthy instance is in use too"
+  summary="without PostgreSQL, health checks: $codes; while web2 is unhealthy, nginx uses $used"
 }
 
 # each PATH "WORD STATUS": the response of each instance itself
