@@ -114,7 +114,7 @@ check_health() {
   check "a message, without PostgreSQL" 503 "$(post test-failover "$RUN health" | tail -n 1)"
   check "a visit, without PostgreSQL" 200 "$(curl -sS -m 5 -o "$WORK/visit" -w '%{http_code}' "$URL/")"
   start postgres && postgres_is_back || fail "PostgreSQL starts"
-  wait_for 2 holds each /readyz "ready 200" || fail "2 s after PostgreSQL is back: $(cat "$WORK/holds")"
+  wait_for 5 holds each /readyz "ready 200" || fail "5 s after PostgreSQL is back: $(cat "$WORK/holds")"
   check "a message, with PostgreSQL" 201 "$(post test-failover "$RUN health" | tail -n 1)"
 
   say 'services: {web2: {healthcheck: {test: ["CMD", "false"], interval: 1s, start_period: 0s, retries: 1}}}' \
@@ -131,12 +131,10 @@ check_health() {
 
 # each PATH "WORD STATUS": the response of each instance itself
 each() {
-  local service
-  for service in web1 web2 web3; do
-    check "$service, GET $1" "$2" "$(docker compose exec -T nginx \
-      curl -sS --noproxy '*' -m 5 -w '\n%{http_code}' "http://$service:9999$1" |
-      sed -E 's/.*"status":"([a-z]+)".*/\1/' | paste -sd' ' -)"
-  done
+  check "GET $1 of each instance" "web1 $2 web2 $2 web3 $2" "$(docker compose exec -T nginx sh -c '
+    for name in web1 web2 web3; do
+      curl -sS --noproxy "*" -m 5 -w " %{http_code}\n" "http://$name:9999$1" | sed "s/^/$name /"
+    done' sh "$1" | sed -E 's/\{.*"status":"([a-z]+)".*\}/\1/' | paste -sd' ' -)"
 }
 # health_checks: runs the health check of each container now, instead of within its 30 s
 health_checks() {
