@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154
 # How a script reports its checks: a line each, the verdict, and one object for grading.
 passes=0 failures=0 failed=''
 
