@@ -90,7 +90,7 @@ test-persist: ## restart, kill and recreate all containers; check that no data a
 test-failover: ## kill, stop and hang parts under load; check that no request fails and no data are lost (CASE=…)
 	@tests/stack/failover $(CASE)
 
-lab: ## make one change of docs/lab.md in a copy of the stack and show which proof turns red: make lab EXPERIMENT=3
+lab: ## see which test one changed line turns red, on a copy of the stack (docs/lab.md): make lab EXPERIMENT=3
 	@tests/stack/lab $(or $(EXPERIMENT),list)
 
 bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
@@ -102,7 +102,7 @@ bench-peers: ##+ measure other frameworks beside the service (QUICK=1: in a few 
 lint: ##+ check each language by its own tool (scripts/lint shell html: two of the checks)
 	@scripts/lint
 
-test-lab: ##+ make all changes of docs/lab.md; check that each turns its proof red, and going back turns it green
+test-lab: ##+ check that each change of docs/lab.md turns its test red, and that going back turns it green
 	@tests/stack/lab
 
 test-browser: ##+ use the page in a real browser while parts of the stack are killed
