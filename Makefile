@@ -91,6 +91,9 @@ test-persist: ## restart, kill and recreate all containers; check that no data a
 test-failover: ## kill, stop and hang parts under load; check that no request fails and no data are lost (CASE=…)
 	@tests/stack/failover $(CASE)
 
+lab: ## see which test one changed line turns red, on a copy of the stack (docs/lab.md): make lab EXPERIMENT=3
+	@tests/stack/lab $(or $(EXPERIMENT),list)
+
 bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
 	@bench/run
 
@@ -102,6 +105,9 @@ bench-peers: ##+ measure other frameworks beside the service (QUICK=1: in a few 
 
 lint: ##+ check each language by its own tool (scripts/lint shell html: two of the checks)
 	@scripts/lint
+
+test-lab: ##+ check that each change of docs/lab.md turns its test red, and that going back turns it green
+	@tests/stack/lab
 
 test-browser: ##+ use the page in a real browser while parts of the stack are killed
 	@tests/browser/run
