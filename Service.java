@@ -116,8 +116,8 @@ public final class Service implements AutoCloseable {
     private final Counters counters;
     private final Membership membership;
     private final Events events;
-    private final Api api;
     private final Http http;
+    private final List<Route> routes;
 
     public static void main(String[] args) throws Exception {
         // A recreated container has another address; the JVM would keep the old one for 30 s.
@@ -153,12 +153,13 @@ public final class Service implements AutoCloseable {
         this.config = config;
         postgres = new Postgres(config);
         redis = new Redis(config);
-        messages = new Messages(postgres, config.instance());
-        counters = new Counters(redis, config.instance());
+        messages = new Messages(postgres, config.instance(), metrics);
+        counters = new Counters(redis, config.instance(), metrics);
         membership = new Membership(redis);
         events = new Events(messages, budget, metrics);
         http = new Http(config, budget, metrics);
-        api = new Api(config.instance(), messages, counters, membership, events, metrics, this::readiness);
+        routes = new Api(config.instance(), messages, counters, membership, events, metrics, postgres, redis,
+                http::isDraining, new HtmlPage()).routes();
         metrics.gauge("threefold_sse_subscribers", "Open event streams", events::subscribers);
         metrics.gauge("threefold_buffered_bytes", "Bytes in memory that wait for slow clients", budget::reserved);
         metrics.gauge("http_requests_in_flight", "Requests without a complete response", http::inFlight);
@@ -172,7 +173,7 @@ public final class Service implements AutoCloseable {
      * @throws Config.Invalid if the address or the port cannot be used
      */
     Service start() throws Config.Invalid, IOException {
-        http.listen(api.routes());
+        http.listen(routes);
         membership.onHeartbeat(status().json()); // so that the instance knows itself while Redis is unavailable
         membership.start();
         postgres.watch(100, () -> events.onHighWaterMark(messages.probe()), () -> {});
@@ -182,13 +183,13 @@ public final class Service implements AutoCloseable {
     }
 
     int port() { return http.port(); }
-    List<Route> routes() { return api.routes(); }
+    List<Route> routes() { return routes; }
 
     private void afterHeartbeat() throws InterruptedException {
         events.onInstances(membership.all());
         if (!redis.isUp()) return;
         counters.compact(membership.recentNames());
-        if (events.subscribers() > 0) events.onCounts(counters.poll());
+        events.onCounts(events.subscribers() > 0 ? counters.poll() : null);
     }
 
     /** The status that this instance publishes in its heartbeats. */
@@ -196,14 +197,6 @@ public final class Service implements AutoCloseable {
         String state = http.isDraining() ? InstanceStatus.DRAINING : postgres.isUp() ? InstanceStatus.READY
                 : InstanceStatus.DEGRADED;
         return new InstanceStatus(config.instance(), state, since, VERSION, http.requestsPerSecond());
-    }
-
-    /** What /readyz reports. A store that all instances share takes none of them out: no other could do better. */
-    private Readiness readiness() {
-        boolean ready = postgres.hasBeenUp() && !http.isDraining();
-        String status = http.isDraining() ? "draining" : !ready ? "starting"
-                : postgres.isUp() && redis.isUp() ? "ready" : "degraded";
-        return new Readiness(ready, status, Map.of("postgres", postgres.state(), "redis", redis.state()));
     }
 
     /**
@@ -219,8 +212,8 @@ public final class Service implements AutoCloseable {
             // While the address exists, a connection is refused at once; without it, each try lasts a second.
             Http.pause(config.drainMillis() / 5);
         }
-        Stream.<AutoCloseable>of(postgres::stopWatching, redis::stopWatching, this::deregister, api, events, http,
-                membership, redis, postgres).forEach(Service::closeQuietly);
+        Stream.<AutoCloseable>of(postgres::stopWatching, redis::stopWatching, this::deregister, events, messages,
+                counters, http, membership, redis, postgres).forEach(Service::closeQuietly);
         Log.info("stopped", "inFlight", http.inFlight());
     }
 
@@ -248,13 +241,14 @@ final class Http implements AutoCloseable {
     private static final int LARGE = 16 * 1024;
     /** A body is in memory as bytes and as text, whose characters take two bytes each. */
     private static final int BODY_COPIES = 3;
+    private static final Problem TOO_LARGE = new Problem(413, "a body may have " + Request.MAX_BODY_BYTES + " bytes");
 
     private final Config config;
     private final BufferBudget budget;
     private final Metrics metrics;
     private final AtomicInteger inFlight = new AtomicInteger();
     private final LongAdder completed = new LongAdder();
-    private final Rate rate = new Rate();
+    private long completedBefore, measuredAt = System.nanoTime(), perSecond;
     private volatile boolean draining;
     private XnioWorker worker;
     private Undertow server;
@@ -268,7 +262,16 @@ final class Http implements AutoCloseable {
     int inFlight() { return inFlight.get(); }
 
     /** Responses of the last second or so; for one caller, who calls more than once a second. */
-    long requestsPerSecond() { return rate.of(completed.sum()); }
+    long requestsPerSecond() {
+        double seconds = (System.nanoTime() - measuredAt) / 1e9;
+        if (seconds > 0.9) {
+            perSecond = Math.round((completed.sum() - completedBefore) / seconds);
+            completedBefore = completed.sum();
+            measuredAt = System.nanoTime();
+        }
+        return perSecond;
+    }
+
     boolean isDraining() { return draining; }
     boolean isListening() { return server != null; }
     int port() { return ((InetSocketAddress) server.getListenerInfo().getFirst().getAddress()).getPort(); }
@@ -312,7 +315,7 @@ final class Http implements AutoCloseable {
 
     /** 404 for an unknown path, 405 with `Allow` for an unknown method. */
     private HttpHandler router(List<Route> routes) {
-        HttpHandler notFound = exchange -> send(exchange, Problem.notFound("there is nothing here").response());
+        HttpHandler notFound = exchange -> send(exchange, new Problem(404, "there is nothing here").response());
         PathTemplateHandler paths = new PathTemplateHandler(notFound, false);
         Map<String, Map<String, HttpHandler>> byPath = new LinkedHashMap<>();
         for (Route route : routes) {
@@ -334,7 +337,7 @@ final class Http implements AutoCloseable {
 
     private HttpHandler otherMethod(String allow) {
         Response options = new Response(204, null, new byte[0]).with(Headers.ALLOW, allow);
-        Response rejected = Problem.methodNotAllowed(allow).response().with(Headers.ALLOW, allow);
+        Response rejected = new Problem(405, "allowed here: " + allow).response().with(Headers.ALLOW, allow);
         return exchange -> send(exchange, exchange.getRequestMethod().equals(Methods.OPTIONS) ? options : rejected);
     }
 
@@ -384,15 +387,15 @@ final class Http implements AutoCloseable {
         boolean tooLarge = length > Request.MAX_BODY_BYTES;
         if (tooLarge || !reserve(exchange, BODY_COPIES * (length < 0 ? Request.MAX_BODY_BYTES : (int) length))) {
             exchange.setPersistent(false); // the rest of the body would be taken for the next request
-            send(exchange, (tooLarge ? Problem.tooLarge() : Problem.overloaded()).response());
+            send(exchange, (tooLarge ? TOO_LARGE : Problem.overloaded()).response());
             return;
         }
         exchange.getRequestReceiver().setMaxBufferSize(Request.MAX_BODY_BYTES);
         Receiver.FullBytesCallback received = (ex, bytes) -> call(handler, new Request(ex, bytes));
         exchange.getRequestReceiver().receiveFullBytes(received, (ex, e) -> {
             ex.setPersistent(false);
-            send(ex, (e instanceof Receiver.RequestToLargeException ? Problem.tooLarge()
-                    : Problem.badRequest("the body could not be read")).response());
+            send(ex, (e instanceof Receiver.RequestToLargeException ? TOO_LARGE
+                    : new Problem(400, "the body could not be read")).response());
         });
     }
 
@@ -419,7 +422,7 @@ final class Http implements AutoCloseable {
             Throwable cause = Problem.unwrap(failure);
             Log.warn("internal_error", "request", requestId(exchange), "reason", Log.reason(cause),
                     "at", Stream.of(cause.getStackTrace()).findFirst().orElse(null));
-            problem = Problem.internalError();
+            problem = new Problem(500, "this should not happen; it was logged");
         }
         send(exchange, problem == null ? response : problem.response());
     }
@@ -508,21 +511,6 @@ final class Http implements AutoCloseable {
     @Override public void close() { if (worker != null) worker.shutdownNow(); }
 }
 
-/** By how much a growing number grows in a second; measured once a second at most. */
-final class Rate {
-    private long last, began = System.nanoTime(), perSecond;
-
-    long of(long number) {
-        double seconds = (System.nanoTime() - began) / 1e9;
-        if (seconds > 0.9) {
-            perSecond = Math.round((number - last) / seconds);
-            last = number;
-            began = System.nanoTime();
-        }
-        return perSecond;
-    }
-}
-
 // --------------------------------------------------------------------------------------------------------- 3 API
 
 /** Answers one request; never blocks, for it runs on an I/O thread. A failure becomes a {@link Problem}. */
@@ -530,9 +518,6 @@ interface RequestHandler { CompletableFuture<Response> handle(Request request) t
 
 /** One line an endpoint: the router, `Allow`, the metrics and the tests read this table. */
 record Route(String method, String path, RequestHandler handler) {}
-
-/** The value of /readyz. */
-record Readiness(boolean isReady, String status, Map<String, String> stores) {}
 
 /** What was requested; {@code body} is null where the method has none. */
 record Request(HttpServerExchange exchange, byte[] body) {
@@ -557,20 +542,21 @@ record Request(HttpServerExchange exchange, byte[] body) {
 
     /** Whether the body is the page's form, not JSON. */
     boolean isForm() {
-        if (exchange.getRequestHeaders().contains(Headers.CONTENT_ENCODING)) throw Problem.unsupportedMediaType();
         String[] parts = Objects.requireNonNullElse(header(Headers.CONTENT_TYPE), "").toLowerCase(Locale.ROOT)
                 .split(";", 2);
-        boolean utf8 = parts.length < 2 || !parts[1].contains("charset") || parts[1].contains("utf-8");
+        boolean utf8 = (parts.length < 2 || !parts[1].contains("charset") || parts[1].contains("utf-8"))
+                && header(Headers.CONTENT_ENCODING) == null;
         if (utf8 && parts[0].strip().equals("application/x-www-form-urlencoded")) return true;
         if (utf8 && parts[0].strip().equals("application/json")) return false;
-        throw Problem.unsupportedMediaType();
+        throw new Problem(415, "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8 and "
+                + "not encoded");
     }
 
     /** The client's key; or nginx's id for all its tries; or, for a second try on a new connection, a random one. */
     IdempotencyKey idempotencyKey() {
         HeaderValues client = exchange.getRequestHeaders().get(IDEMPOTENCY_KEY);
         if (client != null && (client.size() > 1 || !VISIBLE.matcher(client.getFirst()).matches()))
-            throw Problem.badRequest("one Idempotency-Key, of 1 to 255 visible ASCII characters, is needed");
+            throw new Problem(400, "one Idempotency-Key, of 1 to 255 visible ASCII characters, is needed");
         if (client != null) return new IdempotencyKey("c:" + client.getFirst(), true);
         String proxy = header(X_PROXY_REQUEST_ID);
         if (proxy != null && VALID_ID.matcher(proxy).matches()) return new IdempotencyKey("p:" + proxy, false);
@@ -587,7 +573,7 @@ record Request(HttpServerExchange exchange, byte[] body) {
         if (value == null) return otherwise;
         long number = DIGITS.matcher(value).matches() ? Long.parseLong(value) : 0;
         if (number >= 1 && number <= max) return number;
-        throw Problem.badRequest(name + " has to be " + needed);
+        throw new Problem(400, name + " has to be " + needed);
     }
 
     /** The cursor of the last event that the client has; null if it has none. Browsers may send an empty header. */
@@ -597,7 +583,7 @@ record Request(HttpServerExchange exchange, byte[] body) {
         String text = hasHeader ? header : parameter("after");
         Cursor cursor = text == null ? null : Cursor.parse(text);
         if (text == null || cursor != null) return cursor;
-        throw Problem.badRequest((hasHeader ? "Last-Event-ID" : "after") + " has to be a cursor, as in 7421-88, or 0");
+        throw new Problem(400, (hasHeader ? "Last-Event-ID" : "after") + " has to be a cursor, as in 7421-88, or 0");
     }
 
     private String parameter(String name) {
@@ -608,7 +594,7 @@ record Request(HttpServerExchange exchange, byte[] body) {
     /** The {id} in the path. */
     long messageId() {
         String text = exchange.getAttachment(PathTemplateMatch.ATTACHMENT_KEY).getParameters().get("id");
-        if (!DIGITS.matcher(text).matches() || text.startsWith("0")) throw Problem.notFound("there is no such message");
+        if (!DIGITS.matcher(text).matches() || text.startsWith("0")) throw new Problem(404, "there is no such message");
         return Long.parseLong(text);
     }
 }
@@ -643,48 +629,29 @@ record Response(int status, String type, byte[] body, Map<HttpString, String> he
 @SuppressWarnings("serial") // never serialized
 final class Problem extends RuntimeException {
     private final int status;
-    private final String title;
     private final Map<String, String> errors;
 
-    private Problem(int status, String title, String detail, Map<String, String> errors) {
+    Problem(int status, String detail) { this(status, detail, Map.of()); }
+
+    private Problem(int status, String detail, Map<String, String> errors) {
         super(detail, null, false, false); // an expected outcome needs no stack trace
         this.status = status;
-        this.title = title;
         this.errors = errors;
     }
-
-    private static Problem of(int status, String title, String detail) {
-        return new Problem(status, title, detail, Map.of());
-    }
-
-    static Problem badRequest(String detail) { return of(400, "Bad Request", detail); }
-    static Problem notFound(String detail) { return of(404, "Not Found", detail); }
-    static Problem methodNotAllowed(String allow) { return of(405, "Method Not Allowed", "allowed here: " + allow); }
-    static Problem tooLarge() {
-        return of(413, "Content Too Large", "a body may have " + Request.MAX_BODY_BYTES + " bytes");
-    }
-    static Problem unsupportedMediaType() {
-        return of(415, "Unsupported Media Type",
-                "the body has to be application/json or application/x-www-form-urlencoded, in UTF-8 and not encoded");
-    }
-    static Problem keyReused() {
-        return of(422, "Unprocessable Content", "this Idempotency-Key was used for another message");
-    }
-    static Problem unavailable(String detail) { return of(503, "Service Unavailable", detail); }
-    static Problem overloaded() { return unavailable("too many requests are waiting"); }
-    static Problem internalError() { return of(500, "Internal Server Error", "this should not happen; it was logged"); }
 
     /** The one place that maps failures of the domain, the batchers and the stores; null for a defect. */
     static Problem of(Throwable failure) {
         return switch (unwrap(failure)) {
             case Problem problem -> problem;
-            case Invalid invalid when invalid.fields().isEmpty() -> badRequest(invalid.getMessage());
-            case Invalid invalid -> new Problem(422, "Unprocessable Content", invalid.getMessage(), invalid.fields());
-            case StoreException store -> unavailable(store.getMessage());
+            case InvalidInput invalid -> new Problem(invalid.fields().isEmpty() ? 400 : 422, invalid.getMessage(),
+                    invalid.fields());
+            case StoreException store -> new Problem(503, store.getMessage());
             case Batcher.Overloaded full -> overloaded();
             default -> null;
         };
     }
+
+    static Problem overloaded() { return new Problem(503, "too many requests are waiting"); }
 
     static Throwable unwrap(Throwable failure) {
         return failure instanceof CompletionException && failure.getCause() != null ? failure.getCause() : failure;
@@ -696,7 +663,7 @@ final class Problem extends RuntimeException {
     Response response() {
         Map<String, Object> members = new LinkedHashMap<>();
         members.put("type", "about:blank");
-        members.put("title", title);
+        members.put("title", StatusCodes.getReason(status));
         members.put("status", status);
         members.put("detail", getMessage());
         if (!errors.isEmpty()) members.put("errors", errors);
@@ -711,38 +678,14 @@ final class Problem extends RuntimeException {
 }
 
 /** What each endpoint answers: check, submit, respond. No SQL and no Redis command stands here. */
-final class Api implements AutoCloseable {
+record Api(String instance, Messages messages, Counters counters, Membership membership, Events events, Metrics metrics,
+        Postgres postgres, Redis redis, BooleanSupplier isDraining, HtmlPage page) {
     private static final HttpString IDEMPOTENCY_REPLAYED = new HttpString("Idempotency-Replayed");
     private static final HttpString X_ACCEL_BUFFERING = new HttpString("X-Accel-Buffering");
-    private static final String OPENAPI = Config.resource("/openapi.json");
-
-    private final String instance;
-    private final Membership membership;
-    private final Events events;
-    private final Metrics metrics;
-    private final Supplier<Readiness> readiness;
-    private final Batcher<Void, Long> visits;
-    private final Batcher<Void, Counts> counts;
-    private final Batcher<SaveRequest, SaveResult> writes;
-    private final Batcher<PageQuery, MessagePage> reads;
-    private final HtmlPage page = new HtmlPage();
-
-    Api(String instance, Messages messages, Counters counters, Membership membership, Events events, Metrics metrics,
-            Supplier<Readiness> readiness) {
-        this.instance = instance;
-        this.membership = membership;
-        this.events = events;
-        this.metrics = metrics;
-        this.readiness = readiness;
-        visits = new Batcher<>("visits", metrics, batch -> counters.count(batch.size()));
-        counts = new Batcher<>("counts", metrics, batch -> Collections.nCopies(batch.size(), counters.read()));
-        writes = new Batcher<>("writes", metrics, messages::save);
-        reads = new Batcher<>("reads", metrics, messages::pages);
-    }
 
     List<Route> routes() {
         Response healthy = Response.json(200, Json.object("status", "ok", "instance", instance));
-        Response description = Response.json(200, OPENAPI);
+        Response description = Response.json(200, Config.resource("/openapi.json"));
         return List.of(
                 new Route("GET", "/", this::visit),
                 new Route("GET", "/api/visits", this::visits),
@@ -772,7 +715,7 @@ final class Api implements AutoCloseable {
     private CompletableFuture<Response> visit(Request request) {
         PageQuery query = request.prefersHtml() ? request.pageQuery() : null;
         CompletableFuture<Long> number = request.isHead() ? CompletableFuture.completedFuture(null) // not a visit
-                : orElse(null, visits.submit(null, request.ioThread()));
+                : orElse(null, counters.visits.submit(null, request.ioThread()));
         CompletableFuture<Response> response = query == null
                 ? number.thenApply(visit -> Response.json(200, // a name needs no escapes in JSON
                         "{\"instance\":\"" + instance + "\",\"visits\":" + visit + '}'))
@@ -781,14 +724,16 @@ final class Api implements AutoCloseable {
     }
 
     private CompletableFuture<Response> page(Request request, int status, PageQuery query, Long visit, Form form) {
-        CompletableFuture<Counts> counted = orElse(Counts.UNKNOWN, counts.submit(null, request.ioThread()));
-        CompletableFuture<MessagePage> found = orElse(MessagePage.UNKNOWN, reads.submit(query, request.ioThread()));
-        return counted.thenCombine(found, (total, messages) -> page.response(status,
-                page.render(instance, visit, total, messages, query, membership.all(), form)));
+        CompletableFuture<Counts> counted = orElse(Counts.UNKNOWN, counters.reads.submit(null, request.ioThread()));
+        CompletableFuture<MessagePage> found = orElse(MessagePage.UNKNOWN,
+                messages.reads.submit(query, request.ioThread()));
+        return counted.thenCombine(found, (total, newest) -> page.response(status,
+                page.render(instance, visit, total, newest, query, membership.all(), form)));
     }
 
     private CompletableFuture<Response> visits(Request request) {
-        return counts.submit(null, request.ioThread()).thenApply(counted -> Response.json(200, Json.of(counted)));
+        return counters.reads.submit(null, request.ioThread())
+                .thenApply(counted -> Response.json(200, Json.of(counted)));
     }
 
     private CompletableFuture<Response> postMessage(Request request) {
@@ -801,13 +746,13 @@ final class Api implements AutoCloseable {
 
     private CompletableFuture<Response> save(Request request, boolean form) {
         NewMessage message = form ? NewMessage.fromForm(request.body()) : NewMessage.fromJson(request.body());
-        return writes.submit(new SaveRequest(request.idempotencyKey(), message), request.ioThread())
+        return messages.writes.submit(new SaveRequest(request.idempotencyKey(), message), request.ioThread())
                 .thenApply(result -> saved(result, form));
     }
 
     private Response saved(SaveResult result, boolean form) {
         if (result.rejection() != null) throw result.rejection();
-        if (result.isConflict()) throw Problem.keyReused();
+        if (result.isConflict()) throw new Problem(422, "this Idempotency-Key was used for another message");
         if (form) return new Response(303, "text/plain", new byte[0]).with(Headers.LOCATION, "/");
         Response response = Response.json(result.isReplay() ? 200 : 201, Json.of(result.message()))
                 .with(Headers.LOCATION, "/api/messages/" + result.message().id());
@@ -823,15 +768,15 @@ final class Api implements AutoCloseable {
     }
 
     private CompletableFuture<Response> listMessages(Request request) {
-        return reads.submit(request.pageQuery(), request.ioThread())
+        return messages.reads.submit(request.pageQuery(), request.ioThread())
                 .thenApply(found -> new Response(200, "application/json", found.json()));
     }
 
     private CompletableFuture<Response> oneMessage(Request request) {
         long id = request.messageId();
-        return reads.submit(new PageQuery(id + 1, 1), request.ioThread()).thenApply(found -> {
+        return messages.reads.submit(new PageQuery(id + 1, 1), request.ioThread()).thenApply(found -> {
             if (found.messages().isEmpty() || found.messages().getFirst().id() != id)
-                throw Problem.notFound("there is no message " + id);
+                throw new Problem(404, "there is no message " + id);
             return Response.json(200, Json.of(found.messages().getFirst()));
         });
     }
@@ -844,22 +789,24 @@ final class Api implements AutoCloseable {
         return now(request.isHead() ? head : head.withStream(events.subscribe(after)));
     }
 
+    /** A store that all instances share takes none of them out of the load balancer: no other could do better. */
     private Response readyz() {
-        Readiness state = readiness.get();
-        Response response = Response.json(state.isReady() ? 200 : 503, Json.object("status", state.status(),
-                "instance", instance, "dependencies", state.stores()));
-        return state.isReady() ? response : response.with(Headers.RETRY_AFTER, "1");
+        boolean draining = isDraining.getAsBoolean(), ready = postgres.hasBeenUp() && !draining;
+        String status = draining ? "draining" : !ready ? "starting"
+                : postgres.isUp() && redis.isUp() ? "ready" : "degraded";
+        Response response = Response.json(ready ? 200 : 503, Json.object("status", status, "instance", instance,
+                "dependencies", Map.of("postgres", postgres.state(), "redis", redis.state())));
+        return ready ? response : response.with(Headers.RETRY_AFTER, "1");
     }
 
     /** For the backend network only: nginx refuses the path too, and a forwarded request came through some proxy. */
     private CompletableFuture<Response> metrics(Request request) {
-        if (request.header(Headers.X_FORWARDED_FOR) != null) throw Problem.notFound("not found");
+        if (request.header(Headers.X_FORWARDED_FOR) != null) throw new Problem(404, "not found");
         return CompletableFuture.supplyAsync(metrics::text, Thread::startVirtualThread) // JMX may block
                 .thenApplyAsync(text -> new Response(200, PrometheusTextFormatWriter.CONTENT_TYPE, text),
                         request.ioThread());
     }
 
-    @Override public void close() { Stream.of(visits, counts, writes, reads).forEach(Batcher::close); }
 }
 
 /**
@@ -902,8 +849,9 @@ final class Events implements AutoCloseable {
         wakeAll();
     }
 
+    /** @param newest null while there is no subscriber */
     void onCounts(Counts newest) {
-        byte[] event = frame("visit", null, Json.of(newest));
+        byte[] event = newest == null ? null : frame("visit", null, Json.of(newest));
         if (Arrays.equals(event, counts)) return;
         counts = event;
         wakeAll();
@@ -1159,7 +1107,7 @@ record Form(String author, String body, Map<String, String> errors, String troub
         Map<String, String> fields;
         try {
             fields = NewMessage.formFields(sent);
-        } catch (Invalid unreadable) { fields = Map.of(); }
+        } catch (InvalidInput unreadable) { fields = Map.of(); }
         return new Form(fields.getOrDefault("author", ""), fields.getOrDefault("body", ""), problem.errors(),
                 problem.errors().isEmpty() ? "Not stored: " + problem.getMessage() + "." : null);
     }
@@ -1271,15 +1219,15 @@ record Message(long id, String author, String body, String instance, Instant cre
 
 /** Input that breaks a rule: of a field, by its name; or, without fields, input that cannot be read at all. */
 @SuppressWarnings("serial") // never serialized
-final class Invalid extends RuntimeException {
+final class InvalidInput extends RuntimeException {
     private final Map<String, String> fields;
 
-    Invalid(String detail) {
+    InvalidInput(String detail) {
         super(detail, null, false, false);
         fields = Map.of();
     }
 
-    Invalid(Map<String, String> fields) {
+    InvalidInput(Map<String, String> fields) {
         super(String.join("; ", fields.values()), null, false, false);
         this.fields = fields;
     }
@@ -1293,12 +1241,12 @@ record NewMessage(String author, String body) {
     /** White space around the text is stored with it, so it is limited too. */
     private static final int MAX_OUTER_SPACE = 1_000;
 
-    /** @throws Invalid with each field that breaks a rule */
+    /** @throws InvalidInput with each field that breaks a rule */
     NewMessage {
         Map<String, String> errors = new LinkedHashMap<>();
         check("author", author, MAX_AUTHOR, errors);
         check("body", body, MAX_BODY, errors);
-        if (!errors.isEmpty()) throw new Invalid(errors);
+        if (!errors.isEmpty()) throw new InvalidInput(errors);
     }
 
     private static void check(String field, String text, int max, Map<String, String> errors) {
@@ -1306,7 +1254,7 @@ record NewMessage(String author, String body) {
             errors.put(field, field + " is missing");
             return;
         }
-        if (text.indexOf('\0') >= 0) throw new Invalid(field + " holds a NUL character");
+        if (text.indexOf('\0') >= 0) throw new InvalidInput(field + " holds a NUL character");
         int begin = 0, end = text.length();
         while (begin < end && isWhiteSpace(text.charAt(begin))) begin++;
         while (begin < end && isWhiteSpace(text.charAt(end - 1))) end--;
@@ -1327,10 +1275,10 @@ record NewMessage(String author, String body) {
         Map<String, JsonElement> fields;
         try {
             fields = Json.parseObject(utf8(bytes));
-        } catch (JsonParseException e) { throw new Invalid(e.getMessage()); }
+        } catch (JsonParseException e) { throw new InvalidInput(e.getMessage()); }
         Map<String, String> errors = new LinkedHashMap<>();
         String author = text(fields, "author", errors), body = text(fields, "body", errors);
-        if (!errors.isEmpty()) throw new Invalid(errors);
+        if (!errors.isEmpty()) throw new InvalidInput(errors);
         return new NewMessage(author, body);
     }
 
@@ -1355,7 +1303,7 @@ record NewMessage(String author, String body) {
             if (equals < 0) continue;
             String name = formText(pair.substring(0, equals));
             if (fields.put(name, formText(pair.substring(equals + 1))) != null)
-                throw new Invalid("the form has a field twice");
+                throw new InvalidInput("the form has a field twice");
         }
         return fields;
     }
@@ -1363,13 +1311,13 @@ record NewMessage(String author, String body) {
     private static String formText(String encoded) {
         try { // not as UTF-8 at once: URLDecoder replaces invalid bytes without an error
             return utf8(URLDecoder.decode(encoded, ISO_8859_1).getBytes(ISO_8859_1));
-        } catch (IllegalArgumentException e) { throw new Invalid("the form is not URL-encoded"); }
+        } catch (IllegalArgumentException e) { throw new InvalidInput("the form is not URL-encoded"); }
     }
 
     private static String utf8(byte[] bytes) {
         try {
             return UTF_8.newDecoder().decode(ByteBuffer.wrap(bytes)).toString();
-        } catch (CharacterCodingException e) { throw new Invalid("the body is not UTF-8"); }
+        } catch (CharacterCodingException e) { throw new InvalidInput("the body is not UTF-8"); }
     }
 }
 
@@ -1459,7 +1407,7 @@ record EventPage(Cursor start, List<Event> events, boolean isComplete, boolean i
 }
 
 /** The messages in PostgreSQL, a batch at a time: one statement stores all that wait, one reads all pages. */
-final class Messages {
+final class Messages implements AutoCloseable {
     private static final String SCHEMA = Config.resource("/init.sql");
     private static final String MICROS = "(extract(epoch FROM created_at) * 1000000)::bigint";
     /**
@@ -1513,17 +1461,21 @@ final class Messages {
     /** 200 of the longest messages, as rows, text and JSON, take 5 MB of memory. */
     private static final int MAX_ROWS = 200;
     /** A batch with a rejected message is tried again in halves for as long; other requests wait meanwhile. */
-    private static final long SPLIT_NANOS = 300_000_000;
+    private static final long SPLIT_NANOS = 500_000_000;
 
+    final Batcher<SaveRequest, SaveResult> writes;
+    final Batcher<PageQuery, MessagePage> reads;
     private final String instance;
     private final Store<Connection>.Session forWrites, forReads, forEvents, forProbes;
 
-    Messages(Postgres postgres, String instance) {
+    Messages(Postgres postgres, String instance, Metrics metrics) {
         this.instance = instance;
         forWrites = postgres.session(Messages::requireNoStuckCommit);
         forReads = postgres.session(connection -> null);
         forEvents = postgres.session(connection -> null);
         forProbes = postgres.session(Messages::ensureSchema);
+        writes = new Batcher<>("writes", metrics, this::save);
+        reads = new Batcher<>("reads", metrics, this::pages);
     }
 
     /** Makes sure of the schema on a new connection; returns the high-water mark. */
@@ -1718,10 +1670,12 @@ final class Messages {
     }
 
     private static Instant time(long micros) { return Instant.EPOCH.plus(micros, ChronoUnit.MICROS); }
+
+    @Override public void close() { Stream.of(writes, reads).forEach(Batcher::close); }
 }
 
 /** The visit counters in Redis. Every instance uses the same keys. */
-final class Counters {
+final class Counters implements AutoCloseable {
     private static final String TOTAL = "visits:total";
     /** Hash-tagged with the other key's name: both share a slot, as a Redis Cluster requires of one script. */
     private static final String BY_INSTANCE = "{visits:total}:by-instance";
@@ -1748,17 +1702,21 @@ final class Counters {
     private static final String EARLIER = "earlier instances";
     private static final long COMPACT_NANOS = 10_000_000_000L;
 
+    final Batcher<Void, Long> visits;
+    final Batcher<Void, Counts> reads;
     private final Redis redis;
     private final String instance;
     private final Store<Jedis>.Session forVisits, forReads, forPolls;
     private long compacted = System.nanoTime() - COMPACT_NANOS;
 
-    Counters(Redis redis, String instance) {
+    Counters(Redis redis, String instance, Metrics metrics) {
         this.redis = redis;
         this.instance = instance;
         forVisits = redis.session(connection -> null);
         forReads = redis.session(connection -> null);
         forPolls = redis.session(connection -> null);
+        visits = new Batcher<>("visits", metrics, batch -> count(batch.size()));
+        reads = new Batcher<>("counts", metrics, batch -> Collections.nCopies(batch.size(), read(forReads)));
     }
 
     /** Counts so many visits of this instance at once; returns their numbers, each unique. */
@@ -1772,9 +1730,7 @@ final class Counters {
         return LongStream.rangeClosed(last - visits + 1, last).boxed().toList();
     }
 
-    Counts read() throws InterruptedException { return read(forReads); }
-
-    /** The same for the watcher, on a session of its own: no request waits for it. */
+    /** For the watcher, on a session of its own: no request waits for it. */
     Counts poll() throws InterruptedException { return read(forPolls); }
 
     private static Counts read(Store<Jedis>.Session session) throws InterruptedException {
@@ -1795,6 +1751,8 @@ final class Counters {
         forPolls.run(connection -> connection.eval(COMPACT, List.of(BY_INSTANCE),
                 Stream.concat(living.stream(), Stream.of(EARLIER)).toList()));
     }
+
+    @Override public void close() { Stream.of(visits, reads).forEach(Batcher::close); }
 }
 
 /**
@@ -1830,7 +1788,7 @@ record InstanceStatus(String instance, String state, String since, String versio
 }
 
 /**
- * The instances. Twice a second each publishes a heartbeat through Redis, which stores none of it; all receive the
+ * The instances. Four times a second each publishes a heartbeat through Redis, which stores none of it; all receive the
  * same heartbeats, so all give the same list. An instance without heartbeats is silent, then gone, then forgotten.
  *
  * <p>An instance is identified by its name and its start: in a rolling update the old and the new one share a name.
@@ -1874,7 +1832,7 @@ final class Membership implements AutoCloseable {
         session.run(connection -> connection.publish(channel, status.as(InstanceStatus.GONE).json()));
     }
 
-    /** The own heartbeat arrives twice a second, so a read that times out proves that the subscription is dead. */
+    /** The own heartbeat arrives four times a second, so a read that times out proves that the subscription is dead. */
     private void listen() {
         JedisPubSub subscriber = new JedisPubSub() {
             @Override public void onSubscribe(String name, int count) { setSubscribed(true); }
@@ -2141,8 +2099,7 @@ final class StoreException extends RuntimeException {
  */
 abstract class Store<C> implements AutoCloseable {
     interface Work<C, T> { T with(C connection) throws Exception; }
-    interface Probe { void run() throws Exception; }
-    interface Step { void run() throws InterruptedException; }
+    interface Step { void run() throws Exception; }
 
     /** {@code REFUSED}: the server answers, but not to the watcher. Requests may fare better, so they try. */
     private enum State { UNKNOWN, UP, REFUSED, DOWN }
@@ -2200,14 +2157,17 @@ abstract class Store<C> implements AutoCloseable {
      * @param probe      finds out whether the store is available; on a session's {@link Session#attempt}
      * @param afterwards what else to do each time; its failures say nothing about the store
      */
-    void watch(int periodMillis, Probe probe, Step afterwards) {
+    void watch(int periodMillis, Step probe, Step afterwards) {
         watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
             try {
                 for (; ; pause(periodMillis)) {
                     look(probe);
                     try {
                         afterwards.run();
-                    } catch (StoreException logged) { /* by the session */ }
+                    } catch (InterruptedException e) {
+                        throw e;
+                    } catch (StoreException logged) { // by the session
+                    } catch (Exception e) { Log.warn("internal_error", "store", name, "reason", Log.reason(e)); }
                 }
             } catch (InterruptedException closed) { /* stopWatching() */ }
         });
@@ -2220,7 +2180,7 @@ abstract class Store<C> implements AutoCloseable {
         suspected = false;
     }
 
-    private void look(Probe probe) throws InterruptedException {
+    private void look(Step probe) throws InterruptedException {
         try {
             probe.run();
             markUp();
@@ -2276,11 +2236,11 @@ abstract class Store<C> implements AutoCloseable {
 
     @Override public void close() {
         stopWatching();
-        sessions.forEach(Session::close);
+        sessions.forEach(Session::discard);
     }
 
     /** One connection for one thread at a time, opened when first needed and again after it was lost. */
-    final class Session implements AutoCloseable {
+    final class Session {
         private static final long REFUSAL_NANOS = 1_000_000_000, IDLE_NANOS = 1_000_000_000;
 
         private final Work<C, Void> prepare;
@@ -2351,16 +2311,13 @@ abstract class Store<C> implements AutoCloseable {
             }
         }
 
-        private void discard() {
+        private void discard() { // by close() even in the middle of a statement
             C lost = connection;
             connection = null;
             try {
                 if (lost != null) disconnect(lost);
             } catch (Exception e) { /* it was lost already */ }
         }
-
-        /** Also in the middle of a statement. */
-        @Override public void close() { discard(); }
     }
 }
 
@@ -2391,7 +2348,7 @@ final class Postgres extends Store<Connection> {
 
     Postgres(Config config) {
         super("postgres", "PostgreSQL");
-        Config.Postgres to = config.postgres();
+        Config.PostgresAddress to = config.postgres();
         source.setServerNames(to.hosts().stream().map(HostAndPort::getHost).toArray(String[]::new));
         source.setPortNumbers(to.hosts().stream().mapToInt(HostAndPort::getPort).toArray());
         source.setDatabaseName(to.name());
@@ -2452,7 +2409,7 @@ final class Postgres extends Store<Connection> {
 final class Redis extends Store<Jedis> {
     private static final String ABSENT_KEY = "visits:nothing";
 
-    private final Config.Redis config;
+    private final Config.RedisAddress config;
     private final JedisClientConfig client;
 
     Redis(Config config) {
@@ -2540,7 +2497,8 @@ final class Redis extends Store<Jedis> {
  * @param drainMillis how long responses close their connections before the port closes; longer than nginx keeps an idle
  *                    connection (keepalive_timeout, 2 s)
  */
-record Config(String instance, String host, int port, Postgres postgres, Redis redis, int drainMillis, Path dataDir) {
+record Config(String instance, String host, int port, PostgresAddress postgres, RedisAddress redis, int drainMillis,
+        Path dataDir) {
     /** What an instance may be called. */
     static final String INSTANCE = "[A-Za-z0-9._-]{1,64}";
 
@@ -2561,17 +2519,17 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
     }
 
     /** Of several hosts the driver finds the primary. TLS as the driver means it. */
-    record Postgres(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode,
+    record PostgresAddress(List<HostAndPort> hosts, String name, String user, Secret pass, String sslMode,
             String sslRootCert) {}
 
     /** One server; or, if {@code master} is a name, the Sentinels that know which server has it. */
-    record Redis(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
+    record RedisAddress(List<HostAndPort> hosts, String master, String user, Secret pass, int db, boolean tls,
             int waitReplicas) {}
 
     static Config from(Map<String, String> environment) throws Invalid {
         Env env = Env.of(environment);
-        Redis redis = redis(env);
-        Postgres postgres = new Postgres(env.addresses("DB_HOST", env.number("DB_PORT", 5432, 1, 65535)),
+        RedisAddress redis = redis(env);
+        PostgresAddress postgres = new PostgresAddress(env.addresses("DB_HOST", env.number("DB_PORT", 5432, 1, 65535)),
                 env.text("DB_NAME", "app"), env.text("DB_USER", "app"), env.secret("DB_PASS"),
                 env.choice("DB_SSLMODE", null, "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
                 env.file("DB_SSLROOTCERT"));
@@ -2584,14 +2542,14 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
                 Path.of(env.text("DATA_DIR", env.text("HOME", ".") + "/.threefold")));
     }
 
-    private static Redis redis(Env env) throws Invalid {
+    private static RedisAddress redis(Env env) throws Invalid {
         List<HostAndPort> sentinels = env.addresses("REDIS_SENTINELS", 26379);
         List<HostAndPort> server = env.addresses("REDIS_HOST", env.number("REDIS_PORT", 6379, 1, 65535));
         if (!sentinels.isEmpty() && !server.isEmpty())
             throw new Invalid("REDIS_HOST and REDIS_SENTINELS are both set: it needs one or the other");
         if (server.size() > 1)
             throw new Invalid("REDIS_HOST", env.text("REDIS_HOST", ""), "one host; for several, REDIS_SENTINELS");
-        return new Redis(sentinels.isEmpty() ? server : sentinels,
+        return new RedisAddress(sentinels.isEmpty() ? server : sentinels,
                 sentinels.isEmpty() ? null : env.text("REDIS_MASTER", "threefold"), env.text("REDIS_USER", null),
                 env.secret("REDIS_PASS"), env.number("REDIS_DB", 0, 0, 1_000_000),
                 "true".equals(env.choice("REDIS_TLS", "false", "true", "false")),
@@ -2611,7 +2569,7 @@ record Config(String instance, String host, int port, Postgres postgres, Redis r
 
     /** The text of a file of //FILES; with LF, as a browser reads it, even if git wrote CRLF. */
     static String resource(String name) {
-        try (InputStream in = Service.class.getResourceAsStream(name)) {
+        try (InputStream in = Config.class.getResourceAsStream(name)) {
             return new String(in.readAllBytes(), UTF_8).replaceAll("\r\n?", "\n");
         } catch (IOException e) { throw new UncheckedIOException(e); }
     }
@@ -2917,8 +2875,8 @@ final class Embedded implements AutoCloseable {
     synchronized Map<String, String> start(Map<String, String> environment) throws Config.Invalid {
         String system = System.getProperty("os.name").replace("Mac OS X", "Darwin").toLowerCase(Locale.ROOT);
         boolean arm = System.getProperty("os.arch").equals("aarch64");
-        URL postgres = Service.class.getResource("/postgres-" + system + (arm ? "-arm_64.txz" : "-x86_64.txz"));
-        URL redis = Service.class.getResource("/redis-server-" + (arm && system.equals("linux") ? "6.2.7" : "6.2.6-v5")
+        URL postgres = Embedded.class.getResource("/postgres-" + system + (arm ? "-arm_64.txz" : "-x86_64.txz"));
+        URL redis = Embedded.class.getResource("/redis-server-" + (arm && system.equals("linux") ? "6.2.7" : "6.2.6-v5")
                 + "-" + system + (arm ? "-arm64" : "-amd64"));
         if (postgres == null || redis == null)
             throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");

@@ -258,7 +258,7 @@ class ConfigurationTest {
     /** Servers that ask for a password: a Redis of its own, and a database of the shared PostgreSQL. */
     @Nested class Passwords {
         private static Embedded redis;
-        private static Config.Redis toRedis;
+        private static Config.RedisAddress toRedis;
         private static Map<String, String> environment;
 
         @BeforeAll static void lockUp() throws Exception {

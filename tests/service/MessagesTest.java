@@ -150,7 +150,7 @@ class MessagesTest {
         private static boolean refused(String author, String body) {
             try {
                 return !new NewMessage(author, body).author().equals(author);
-            } catch (Invalid invalid) { return true; }
+            } catch (InvalidInput invalid) { return true; }
         }
 
         static List<String> white() { return WHITE.chars().mapToObj(c -> "" + (char) c).toList(); }

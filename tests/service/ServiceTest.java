@@ -4,7 +4,7 @@
 //DEPS org.junit.platform:junit-platform-console:6.1.3
 //SOURCES ../../Service.java
 //SOURCES ConfigurationTest.java HttpTest.java MessagesTest.java EventsTest.java
-//SOURCES OutageTest.java StoresTest.java InstancesTest.java EmbeddedTest.java
+//SOURCES OutageTest.java StoresTest.java InstancesTest.java EmbeddedTest.java LayersTest.java
 
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
@@ -84,7 +84,7 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 final class ServiceTest {
     static final List<Class<?>> SUBJECTS = List.of(ConfigurationTest.class, HttpTest.class, MessagesTest.class,
             EventsTest.class, OutageTest.class, StoresTest.class, InstancesTest.class,
-            EmbeddedTest.class);
+            EmbeddedTest.class, LayersTest.class);
 
     public static void main(String[] names) { run(SUBJECTS, names); }
 
@@ -274,10 +274,10 @@ final class Servers {
         } catch (SQLException e) { throw new IllegalStateException(statement, e); }
     }
 
-    /** Below those that systems give to outgoing connections, or one of these takes it while nobody listens. */
+    /** Below the ports of outgoing connections; also with 10,000 more, where a Redis Cluster listens as well. */
     static int freePort() {
         while (true) {
-            int port = ThreadLocalRandom.current().nextInt(20_000, 32_000);
+            int port = ThreadLocalRandom.current().nextInt(20_000, 22_700);
             try (ServerSocket socket = new ServerSocket(port)) {
                 return socket.getLocalPort();
             } catch (IOException e) { /* taken: another one */ }

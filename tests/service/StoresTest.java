@@ -439,7 +439,7 @@ class StoresTest {
                     + "WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow()");
             long began = System.nanoTime();
             try (Postgres postgres = new Postgres(Config.from(Servers.environment(database)))) {
-                Messages messages = new Messages(postgres, "reader");
+                Messages messages = new Messages(postgres, "reader", new Metrics());
                 assertThrows(StoreException.class, () -> messages.pages(List.of(PageQuery.NEWEST)));
             }
             assertTrue(System.nanoTime() - began < 2_500_000_000L, "a reader makes no schema");
@@ -618,7 +618,7 @@ class StoresTest {
                     .toString(),
                     "DB_HOST", "none"));
             try {
-                Config.Redis redis = Config.from(own.start(Map.of("DB_HOST", "none"))).redis();
+                Config.RedisAddress redis = Config.from(own.start(Map.of("DB_HOST", "none"))).redis();
                 int port = redis.hosts().getFirst().getPort();
                 try (Jedis jedis = new Jedis("127.0.0.1", port); Instance board = new Instance("replica",
                         with(Servers.newDatabase(), "REDIS_PORT", "" + port, "REDIS_PASS", redis.pass().value()))) {
@@ -672,7 +672,7 @@ class StoresTest {
                 }
                 try (Redis redis = new Redis(Config.from(with("none", "REDIS_PORT", "" + replica.port,
                         "REDIS_PASS", "")))) {
-                    assertThrows(StoreException.class, new Counters(redis, "reader")::read,
+                    assertThrows(StoreException.class, new Counters(redis, "reader", new Metrics())::poll,
                             "each connection proves where it leads");
                 }
             }
@@ -745,12 +745,12 @@ class StoresTest {
                 jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
                 Config config = Config.from(with(Servers.newDatabase(), "REDIS_DB", "7", "INSTANCE_ID", "settled"));
                 try (Redis redis = new Redis(config)) {
-                    Counters counters = new Counters(redis, "settled");
+                    Counters counters = new Counters(redis, "settled", new Metrics());
                     counters.compact(Set.of()); // it cannot know yet which instances live
-                    assertEquals(3, counters.read().byInstance().size());
+                    assertEquals(3, counters.poll().byInstance().size());
                     counters.compact(Set.of("here", "settled"));
-                    assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.read().byInstance());
-                    assertEquals(20, counters.read().total());
+                    assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.poll().byInstance());
+                    assertEquals(20, counters.poll().total());
                 }
             }
         }
