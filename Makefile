@@ -34,7 +34,7 @@ help-all:
 up: ## build the image, start the stack, wait until it is healthy, print its address
 	@. scripts/lib.sh && own_stack && claim_data && check_nginx || $(hint)
 	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
-	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $$URL"
+	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $${HTTPS:+$$HTTPS and }$$URL"
 
 build: ## build the image of the service
 	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
@@ -52,6 +52,9 @@ clean: ##+ stop the stack and delete its data and image, after a question
 	  [ "$$answer" = yes ] || { echo "Nothing was deleted."; exit 1; }
 	@$(compose_all) down --remove-orphans --volumes
 	@docker image rm --force "$$(docker compose config web1 | sed -n 's/^    image: //p' | tail -n 1)" >/dev/null
+
+cert: ##+ make a certificate for https://localhost in the folder tls
+	@scripts/cert
 
 offline-images: ##+ build replacements of the official images if no registry can be reached (WHAT=monitor)
 	@image/base-images/build $(WHAT)
