@@ -94,6 +94,9 @@ test-persist: ## restart, kill and recreate all containers; check that no data a
 test-failover: ## kill, stop and hang parts under load; check that no request fails and no data are lost (CASE=…)
 	@tests/stack/failover $(CASE)
 
+test-isolation: ##+ check that clients reach nginx alone and that the backend network has no way out
+	@tests/stack/isolation
+
 bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
 	@bench/run
 
