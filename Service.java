@@ -176,8 +176,8 @@ public final class Service implements AutoCloseable {
         http.listen(routes);
         membership.onHeartbeat(status().json()); // so that the instance knows itself while Redis is unavailable
         membership.start();
-        postgres.watch(100, () -> events.onHighWaterMark(messages.probe()), () -> {});
-        redis.watch(250, () -> membership.heartbeat(status()), this::afterHeartbeat);
+        postgres.watch(100, () -> events.onHighWaterMark(messages.probe()));
+        redis.watch(250, this::heartbeat);
         Log.info("listening", "address", "http://localhost:" + port());
         return this;
     }
@@ -185,11 +185,15 @@ public final class Service implements AutoCloseable {
     int port() { return http.port(); }
     List<Route> routes() { return routes; }
 
-    private void afterHeartbeat() throws InterruptedException {
-        events.onInstances(membership.all());
-        if (!redis.isUp()) return;
-        counters.compact(membership.recentNames());
-        events.onCounts(events.subscribers() > 0 ? counters.poll() : null);
+    /** Redis' probe; the statuses change by themselves, also while it fails. */
+    private void heartbeat() throws Exception {
+        try {
+            membership.heartbeat(status());
+        } finally { events.onInstances(membership.all()); }
+        try {
+            if (redis.isUp()) counters.compact(membership.recentNames());
+            if (redis.isUp()) events.onCounts(events.subscribers() > 0 ? counters.poll() : null);
+        } catch (StoreException rejected) { /* logged, and no sign that Redis is unavailable */ }
     }
 
     /** The status that this instance publishes in its heartbeats. */
@@ -232,6 +236,7 @@ public final class Service implements AutoCloseable {
 final class Http implements AutoCloseable {
     private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
     private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
+    private static final HttpString TRACEPARENT = new HttpString("traceparent"); // W3C Trace Context
     /** Query parameters that exist. No other is kept: the request of a stream stays in memory for hours. */
     private static final Set<String> PARAMETERS = Set.of("after", "before", "limit");
     private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
@@ -283,13 +288,23 @@ final class Http implements AutoCloseable {
                 .set(Options.WORKER_IO_THREADS, Math.max(1, Runtime.getRuntime().availableProcessors() / 2))
                 .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
         HttpHandler router = router(routes);
-        Undertow built = Undertow.builder()
-                // Java takes 0.0.0.0 for all addresses of both kinds, and :: fails where IPv6 is switched off.
-                .addHttpListener(config.port(), config.host().equals("::") ? "0.0.0.0" : config.host())
-                .setWorker(worker)
-                // No cache for each thread: a virtual thread would take its buffers along when it ends.
-                .setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 0))
-                .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router)))
+        // Java takes 0.0.0.0 for all addresses of both kinds, and :: fails where IPv6 is switched off.
+        String address = config.host().equals("::") ? "0.0.0.0" : config.host();
+        Undertow built = withLimits(Undertow.builder()).addHttpListener(config.port(), address).setWorker(worker)
+                .setHandler(new HttpContinueReadHandler(exchange -> begin(exchange, router))).build();
+        try {
+            built.start();
+            server = built;
+        } catch (RuntimeException e) {
+            throw new Config.Invalid("HOST=\"" + config.host() + "\" and PORT=\"" + config.port()
+                    + "\" cannot be used: it needs an address of this machine and a port that is free and allowed ("
+                    + Log.reason(e) + ")");
+        }
+    }
+
+    private static Undertow.Builder withLimits(Undertow.Builder builder) {
+        // No cache for each thread: a virtual thread would take its buffers along when it ends.
+        return builder.setByteBufferPool(new DefaultByteBufferPool(true, 16 * 1024, 1_024, 0))
                 // The kernel's buffer for a stalled client is the container's memory too, and grows to 4 MB by itself.
                 .setSocketOption(Options.SEND_BUFFER, 32 * 1024)
                 .setServerOption(UndertowOptions.RECORD_REQUEST_START_TIME, true)
@@ -301,16 +316,7 @@ final class Http implements AutoCloseable {
                 .setServerOption(UndertowOptions.NO_REQUEST_TIMEOUT, 75_000)       // above nginx's 2 s: it closes first
                 .setServerOption(UndertowOptions.IDLE_TIMEOUT, 75_000)
                 .setServerOption(UndertowOptions.ALWAYS_SET_KEEP_ALIVE, false)
-                .setServerOption(UndertowOptions.ENABLE_HTTP2, false)
-                .build();
-        try {
-            built.start();
-            server = built;
-        } catch (RuntimeException e) {
-            throw new Config.Invalid("HOST=\"" + config.host() + "\" and PORT=\"" + config.port()
-                    + "\" cannot be used: it needs an address of this machine and a port that is free and allowed ("
-                    + Log.reason(e) + ")");
-        }
+                .setServerOption(UndertowOptions.ENABLE_HTTP2, false);
     }
 
     /** 404 for an unknown path, 405 with `Allow` for an unknown method. */
@@ -468,17 +474,18 @@ final class Http implements AutoCloseable {
     private void onComplete(HttpServerExchange exchange) {
         Integer reserved = exchange.getAttachment(RESERVED_BYTES);
         if (reserved != null) budget.release(reserved);
+        int status = exchange.getStatusCode();
         String route = Objects.requireNonNullElse(exchange.getAttachment(ROUTE), "(none)");
         String method = abbreviate(exchange.getRequestMethod().toString());
-        String path = abbreviate(exchange.getRequestPath());
         long nanos = System.nanoTime() - exchange.getRequestStartTime();
-        metrics.request(route, method, exchange.getStatusCode(), nanos);
-        if (exchange.getStatusCode() >= 400)
-            Log.warn("request_rejected", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "reason", exchange.getAttachment(REJECTION_REASON));
-        else if (clientWantsTrace(exchange))
-            Log.info("request_completed", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "millis", nanos / 1_000_000.0);
+        metrics.request(route, method, status, nanos);
+        if (status < 400 && !clientWantsTrace(exchange)) return;
+        String trace = exchange.getRequestHeaders().getFirst(TRACEPARENT);
+        Object[] request = {"request", requestId(exchange), "traceparent", trace == null ? null : abbreviate(trace),
+            "method", method, "path", abbreviate(exchange.getRequestPath()), "status", status,
+            "millis", nanos / 1_000_000.0, "reason", exchange.getAttachment(REJECTION_REASON)};
+        if (status >= 400) Log.warn("request_rejected", request);
+        else Log.info("request_completed", request);
     }
 
     private static String abbreviate(String text) {
@@ -628,6 +635,9 @@ record Response(int status, String type, byte[] body, Map<HttpString, String> he
 /** An error as RFC 9457 defines it; {@code errors} are by field. */
 @SuppressWarnings("serial") // never serialized
 final class Problem extends RuntimeException {
+    private static final Map<Integer, String> TITLES = Map.of(400, "Bad Request", 404, "Not Found",
+            405, "Method Not Allowed", 413, "Content Too Large", 415, "Unsupported Media Type",
+            422, "Unprocessable Content", 500, "Internal Server Error", 503, "Service Unavailable"); // RFC 9110
     private final int status;
     private final Map<String, String> errors;
 
@@ -663,7 +673,7 @@ final class Problem extends RuntimeException {
     Response response() {
         Map<String, Object> members = new LinkedHashMap<>();
         members.put("type", "about:blank");
-        members.put("title", StatusCodes.getReason(status));
+        members.put("title", TITLES.get(status));
         members.put("status", status);
         members.put("detail", getMessage());
         if (!errors.isEmpty()) members.put("errors", errors);
@@ -1132,8 +1142,8 @@ final class HtmlPage {
     }
 
     byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
-            List<InstanceStatus> present, Form form) {
-        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
+            List<InstanceStatus> statuses, Form form) {
+        return template.execute(new View(style, script, instance, visit, counts, page, query, statuses, form))
                 .getBytes(UTF_8);
     }
 
@@ -1164,18 +1174,16 @@ final class HtmlPage {
 
     /** The names of the template. */
     private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, List<InstanceStatus> present, Form form) {
+                        PageQuery query, List<InstanceStatus> statuses, Form form) {
         String title() { return form.isRejected() ? "Not stored" : instance; }
         boolean postgresUnavailable() { return page.messages() == null; }
         boolean redisUnavailable() { return counts.total() == null; }
         boolean isLong() { return instance.length() > 9; }
         String visit() { return visitNumber == null ? "Not counted as a visit" : format("Visit %,d", visitNumber); }
         String total() { return redisUnavailable() ? "unknown" : format("%,d", counts.total()); }
-        int authorMost() { return NewMessage.MAX_AUTHOR; }
-        String authorLimit() { return format("%,d", NewMessage.MAX_AUTHOR); }
+        int authorMax() { return NewMessage.MAX_AUTHOR; }
         String authorError() { return form.errors().get("author"); }
-        int bodyMost() { return NewMessage.MAX_BODY; }
-        String bodyLimit() { return format("%,d", NewMessage.MAX_BODY); }
+        int bodyMax() { return NewMessage.MAX_BODY; }
         String bodyError() { return form.errors().get("body"); }
         boolean isNewest() { return query.before() == PageQuery.NEWEST.before(); }
         String cursor() { return page.cursor(); }
@@ -1184,7 +1192,7 @@ final class HtmlPage {
         Share blankShare() { return Share.BLANK; }
         List<Row> messages() { return postgresUnavailable() ? null : page.messages().stream().map(Row::of).toList(); }
 
-        InstanceStatus blankPresence() { return new InstanceStatus("", "", "", "", null); }
+        InstanceStatus blankStatus() { return new InstanceStatus("", "", "", "", null); }
 
         List<Share> shares() {
             return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(InstanceStatus.BY_NAME))
@@ -2151,24 +2159,11 @@ abstract class Store<C> implements AutoCloseable {
         return session;
     }
 
-    /**
-     * Starts the watcher.
-     *
-     * @param probe      finds out whether the store is available; on a session's {@link Session#attempt}
-     * @param afterwards what else to do each time; its failures say nothing about the store
-     */
-    void watch(int periodMillis, Step probe, Step afterwards) {
+    /** Starts the watcher, whose probe runs on a session's {@link Session#attempt}. */
+    void watch(int periodMillis, Step probe) {
         watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
             try {
-                for (; ; pause(periodMillis)) {
-                    look(probe);
-                    try {
-                        afterwards.run();
-                    } catch (InterruptedException e) {
-                        throw e;
-                    } catch (StoreException logged) { // by the session
-                    } catch (Exception e) { Log.warn("internal_error", "store", name, "reason", Log.reason(e)); }
-                }
+                for (; ; pause(periodMillis)) look(probe);
             } catch (InterruptedException closed) { /* stopWatching() */ }
         });
     }
@@ -2856,6 +2851,9 @@ final class Log {
 final class Embedded implements AutoCloseable {
     private static final FileAttribute<?> OWNER_ONLY =
             PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rwx------"));
+    private static final String SYSTEM =
+            System.getProperty("os.name").replace("Mac OS X", "Darwin").toLowerCase(Locale.ROOT);
+    private static final boolean ARM = System.getProperty("os.arch").equals("aarch64");
     private final Config config;
     private Path folder;
     private FileLock lock;
@@ -2873,11 +2871,8 @@ final class Embedded implements AutoCloseable {
      * @throws Config.Invalid in the image, which has no servers; if the folder cannot be used, or is in use
      */
     synchronized Map<String, String> start(Map<String, String> environment) throws Config.Invalid {
-        String system = System.getProperty("os.name").replace("Mac OS X", "Darwin").toLowerCase(Locale.ROOT);
-        boolean arm = System.getProperty("os.arch").equals("aarch64");
-        URL postgres = Embedded.class.getResource("/postgres-" + system + (arm ? "-arm_64.txz" : "-x86_64.txz"));
-        URL redis = Embedded.class.getResource("/redis-server-" + (arm && system.equals("linux") ? "6.2.7" : "6.2.6-v5")
-                + "-" + system + (arm ? "-arm64" : "-amd64"));
+        URL postgres = Embedded.class.getResource(postgresProgram());
+        URL redis = Embedded.class.getResource(redisProgram());
         if (postgres == null || redis == null)
             throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
         claimFolder();
@@ -2904,6 +2899,13 @@ final class Embedded implements AutoCloseable {
                     + (e.getClass() == IOException.class ? e.getMessage() : Log.reason(e))
                     + "; or set DB_HOST and REDIS_HOST to servers of your own");
         }
+    }
+
+    private static String postgresProgram() { return "/postgres-" + SYSTEM + (ARM ? "-arm_64.txz" : "-x86_64.txz"); }
+
+    private static String redisProgram() {
+        String version = ARM && SYSTEM.equals("linux") ? "6.2.7" : "6.2.6-v5";
+        return "/redis-server-" + version + "-" + SYSTEM + (ARM ? "-arm64" : "-amd64");
     }
 
     /** Only a folder that is new, empty, or marked as made here is used. */

@@ -23,7 +23,7 @@ socket()   { say "unix://$RUN_DIR/$1/docker.sock"; }
 on()       { local n=$1; shift; docker --host "$(socket "$n")" "$@"; }           # docker, on machine N
 inside()   { local n=$1; shift; nsenter --net="/run/netns/$(machine "$n")" "$@"; } # a program, in its network
 is_on()    { [ -e "$RUN_DIR/$1/pid" ] && kill -0 "$(<"$RUN_DIR/$1/pid")" 2>/dev/null; }
-answers()  { timeout 5 docker --host "$(socket "$1")" version >/dev/null 2>&1; }
+responds() { timeout 5 docker --host "$(socket "$1")" version >/dev/null 2>&1; }
 
 make_network() {
   ip link show "$BRIDGE" >/dev/null 2>&1 || ip link add "$BRIDGE" type bridge

@@ -75,13 +75,15 @@ public final class Train {
     private static final AtomicLong SENT = new AtomicLong();
 
     public static void main(String[] command) throws Exception {
-        Embedded servers = new Embedded(Config.from(Map.of("DATA_DIR", Files.createTempDirectory("train") + "/data")));
+        Map<String, String> environment = Map.of("DATA_DIR", Files.createTempDirectory("train") + "/data");
+        Embedded servers = new Embedded(Config.from(environment));
         try {
+            Map<String, String> stores = servers.start(environment);
             int port = freePort();
             ProcessBuilder builder = new ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT)
                     .redirectOutput(ProcessBuilder.Redirect.DISCARD); // a line for each rejected request
-            builder.environment().putAll(servers.start(Map.of()));
-            builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train", "DRAIN_MILLIS", "0"));
+            builder.environment().putAll(stores);
+            builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train"));
             Process instance = builder.start();
             try {
                 load(port);
@@ -138,13 +140,13 @@ public final class Train {
             }
     }
 
-    /** Somebody who watches until the instance stops; a thread of its own takes what comes. */
+    /** A subscriber that stays until the instance stops. */
     private static void watch(int port, String query) throws IOException {
-        Connection viewer = new Connection(port);
-        viewer.socket.getOutputStream()
+        Connection subscriber = new Connection(port);
+        subscriber.socket.getOutputStream()
                 .write(new Ask(1, 200, "GET", "/api/events" + query, "", "Accept", "text/event-stream").bytes());
         Thread.ofPlatform().daemon().start(() -> {
-            try (viewer) { viewer.in.transferTo(OutputStream.nullOutputStream()); }
+            try (subscriber) { subscriber.in.transferTo(OutputStream.nullOutputStream()); }
             catch (IOException end) { /* it stopped */ }
         });
     }

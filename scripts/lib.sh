@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # What the scripts share. It goes to the top-level folder, stops on errors and cleans up. Needs bash, curl and Docker.
 set -euo pipefail
 unset CDPATH # with it, cd can go elsewhere and prints where
@@ -13,7 +13,6 @@ case ${TLS_CERT:+cert}${TLS_KEY:+key} in
 esac
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
 WORK=$(mktemp -d)
-# shellcheck disable=SC2034 # the scripts use it
 RUN="$(basename "$0")-$$-$RANDOM" # marks this run's requests in all logs
 failures=0
 
@@ -28,14 +27,11 @@ at_exit() {
 trap at_exit EXIT
 trap 'exit 130' INT TERM
 
-# `make up` and its kin run on the bash 3.2 of macOS too; other scripts call this.
-need_bash_4() {
+need_bash_4() { # what people type first runs on the bash 3.2 of macOS too
   [ "${BASH_VERSINFO[0]}" -lt 4 ] || return 0
   say "This needs bash 4 or newer (here: $BASH_VERSION): brew install bash"
   exit 1
 }
-
-# --- Reporting, waiting, requests -------------------------------------------------------------------------------------
 
 say()  { printf '%s\n' "$*"; }
 pass() { printf '  ok    %s\n' "$*"; }
@@ -56,8 +52,7 @@ finish() {
   [ "$failures" -gt 0 ] || { say "PASSED"; return; }
   say "--- the last lines of the logs ---"
   docker compose logs --tail 15 2>&1 | cut -c1-300
-  say "FAILED: $failures checks"
-  exit 1
+  say "FAILED: $failures checks"; exit 1
 }
 
 # wait_for SECONDS COMMAND...: repeats it until it succeeds
@@ -69,8 +64,7 @@ wait_for() {
 # quietly COMMAND...: prints its output only if it fails
 quietly() { "$@" >"$WORK/out" 2>&1 || { tail -n 20 "$WORK/out" >&2; return 1; }; }
 
-# All addresses are local: no proxy is used. -q: ~/.curlrc is ignored.
-curl() { command curl -q --noproxy '*' "$@"; }
+curl() { command curl -q --noproxy '*' "$@"; } # all addresses are local; -q ignores ~/.curlrc
 
 # post AUTHOR BODY [CURL-ARGUMENT...]: stores a message; prints the response, and the status on the next line
 post() {
@@ -90,8 +84,6 @@ run_instance() {
 instance_ready() { curl -fs -m 2 -o "$WORK/ready" "http://127.0.0.1:$1/readyz" || ! kill -0 "$instance" 2>/dev/null; }
 stop_instance()  { kill "$instance"; wait "$instance" || true; }
 
-# --- The stack --------------------------------------------------------------------------------------------------------
-
 project() { docker compose config | sed -n 's/^name: //p'; }
 
 # instances: a line "service address" for each web container
@@ -104,8 +96,9 @@ instances() {
 
 # wait_ready [SECONDS]: until all containers are healthy
 wait_ready() {
-  wait_for "${1:-60}" all_healthy ||
-    { say "not healthy after ${1:-60} s:"; grep -v ' healthy$' <<<"$states"; return 1; }
+  wait_for "${1:-60}" all_healthy && return
+  say "not healthy after ${1:-60} s:"; grep -v ' healthy$' <<<"$states"
+  return 1
 }
 all_healthy() { # a container without a health check is healthy if it runs
   states=$(docker compose ps -aq | xargs docker inspect --format '{{.Name}} {{with .State.Health}}{{.Status}}{{else}}{{
@@ -113,8 +106,7 @@ all_healthy() { # a container without a health check is healthy if it runs
   [ -n "$states" ] && ! grep -qv ' healthy$' <<<"$states"
 }
 
-# Compose stores the folder of a project in this label of each container; claim_data adds it to a volume.
-FOLDER=com.docker.compose.project.working_dir
+FOLDER=com.docker.compose.project.working_dir # Compose's label of a container, and claim_data's of a volume
 
 # data_volume: the name of the volume of messages; more lines if an override file has settings for it
 data_volume() {
@@ -124,13 +116,13 @@ data_volume() {
 
 # own_stack: stops if another folder has a stack of this name, since it would lose its containers or its data
 own_stack() {
-  local services ids folder known
-  services=$(docker compose config --services) || return 1
-  grep -qx web1 <<<"$services" ||
+  local ids folder known
+  ids=$(docker compose config --services) || return 1
+  grep -qx web1 <<<"$ids" ||
     { say "Compose reads other files than ours (COMPOSE_FILE=\"${COMPOSE_FILE:-}\"): unset COMPOSE_FILE" >&2; exit 1; }
   ids=$(docker compose --profile monitor --profile grafana ps -aq) || return 0
   while IFS= read -r folder; do
-    # A folder that was moved or removed has no claim. A folder that this user may not read still has one.
+    # A folder that does not exist any more has no claim; one that this user may not read has.
     known=$folder
     while [ ! -e "$known" ] && [ "$known" != . ]; do known=$(dirname "$known"); done
     [ ! . -ef "$folder" ] || continue
@@ -195,6 +187,7 @@ reload_nginx() {
   # shellcheck disable=SC2016 # expanded in the container
   docker compose exec -T nginx sh -ec '
     [ -e /tmp/resolver.conf ] || exit 0 # an earlier version started this container: Compose replaces it
+    nginx -t -q -c /tmp/new/nginx.conf
     for file; do [ ! -e "/tmp/$file" ] || { mv "/tmp/new/$file" /tmp; echo "$file is now in force"; }; done
     workers=$(grep -l "^nginx: worker" /proc/[0-9]*/cmdline)
     nginx -c /tmp/nginx.conf -s reload
@@ -208,15 +201,15 @@ reload_nginx() {
 need_stack() {
   own_stack
   curl -fsS -m 5 -o "$WORK/ready" "$URL/readyz" 2>"$WORK/error" && return 0
-  say "The stack does not answer at $URL/readyz ($(cat "$WORK/error"))."
-  say "Start it with \`make up\`; \`make doctor\` lists what may be missing."
+  say "The stack does not respond at $URL/readyz ($(cat "$WORK/error")). Start it with \`make up\`;" \
+    "\`make doctor\` lists what may be missing."
   exit 1
 }
 
 # compose_up ARGUMENT...: starts containers and waits until they are healthy
 compose_up() { quietly docker compose up --detach --no-deps --wait "$@"; }
 
-# new_stack: an empty stack of the script's own project, removed at its end
+# new_stack: an empty stack, removed at the script's end
 new_stack() {
   leave() { docker compose down --volumes --remove-orphans --timeout 1 >/dev/null 2>&1; }
   leave || true

@@ -384,7 +384,8 @@ class EventsTest {
                 String place = "0";
                 for (int visit = 0; visit < 10; visit++) {
                     stored.addAll(store(visit % 2 == 0 ? second : first, 20));
-                    try (Subscriber viewer = new Subscriber(visit % 3 == 0 ? second : first, "", "Last-Event-ID", place)) {
+                    Instance any = visit % 3 == 0 ? second : first;
+                    try (Subscriber viewer = new Subscriber(any, "", "Last-Event-ID", place)) {
                         stored.addAll(store(visit % 2 == 0 ? first : second, 7));
                         Wait.until("it has all", () -> told.size() + viewer.ids().size() == stored.size());
                         viewer.checkInTurn();
@@ -517,7 +518,8 @@ class EventsTest {
     @Nested class A_viewer_who_does_not_read {
         @Test void costs_little_and_has_all_in_its_order_when_it_reads_again() throws Exception {
             try (Instance board = new Instance("slow", Servers.environment(Servers.newDatabase()));
-                 RawConnection slow = new RawConnection(board.port, 4_096); Subscriber other = new Subscriber(board, "")) {
+                 RawConnection slow = new RawConnection(board.port, 4_096);
+                 Subscriber other = new Subscriber(board, "")) {
                 slow.send(HttpTest.request("GET", "/api/events")).read(true).expect(200);
                 Wait.until("both have joined", () -> board.metric("threefold_sse_subscribers") == 2);
                 String long2000 = MessagesTest.SMILE.repeat(1_900);
@@ -547,7 +549,8 @@ class EventsTest {
         /** What it does not take is read again: then few at a time. */
         @Test void but_a_little_at_a_time_is_told_all_and_it_is_not_read_many_times() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase());
-            try (Instance board = new Instance("little", database); RawConnection slow = new RawConnection(board.port, 4_096)) {
+            try (Instance board = new Instance("little", database);
+                 RawConnection slow = new RawConnection(board.port, 4_096)) {
                 board.awaitReady();
                 Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key) "
                         + "SELECT 'a', repeat('" + MessagesTest.SMILE + "', 1990), 'other', 's:' || n "
@@ -624,7 +627,8 @@ class EventsTest {
         }
 
         @Test void was_away_all_messages_are_told_when_it_is_back() throws Exception {
-            try (FaultProxy cable = new FaultProxy(Servers.redisPort()); Instance board = new Instance("cut", by(cable));
+            try (FaultProxy cable = new FaultProxy(Servers.redisPort());
+                    Instance board = new Instance("cut", by(cable));
                     Subscriber viewer = new Subscriber(board, "")) {
                 board.awaitReady();
                 viewer.awaits(board.say("a", "before").expect(201));
@@ -640,7 +644,8 @@ class EventsTest {
         }
 
         @Test void hung_for_a_while_all_messages_are_told_when_it_goes_on() throws Exception {
-            try (FaultProxy cable = new FaultProxy(Servers.redisPort()); Instance board = new Instance("hung", by(cable));
+            try (FaultProxy cable = new FaultProxy(Servers.redisPort());
+                    Instance board = new Instance("hung", by(cable));
                     Subscriber viewer = new Subscriber(board, "")) {
                 board.awaitReady();
                 viewer.awaits(board.say("a", "before").expect(201));

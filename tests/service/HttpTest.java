@@ -49,7 +49,8 @@ class HttpTest {
 
     /** What the table allows there. */
     static Set<String> allowed(String path) {
-        Set<String> methods = Servers.one().service.routes().stream().filter(route -> route.path().equals(template(path)))
+        Set<String> methods = Servers.one().service.routes().stream()
+                .filter(route -> route.path().equals(template(path)))
                 .map(Route::method).collect(Collectors.toCollection(TreeSet::new));
         if (methods.contains("GET")) methods.add("HEAD");
         methods.add("OPTIONS");

@@ -60,7 +60,7 @@ class OpenApiTest {
     @Test @Order(1) void describes_exactly_the_routes_of_the_table() {
         Set<String> described = new TreeSet<>();
         eachOperation((name, operation) -> described.add(name));
-        assertEquals(Servers.one().service.routes.stream()
+        assertEquals(Servers.one().service.routes().stream()
                 .map(route -> route.method().toLowerCase() + " " + route.path())
                 .collect(Collectors.toCollection(TreeSet::new)), described);
     }

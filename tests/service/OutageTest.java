@@ -453,7 +453,8 @@ class OutageTest {
                     }
                     Wait.until("there is no more room", () -> board.get("/api/messages?limit=100").status() == 503);
                     board.get("/api/messages?limit=100").unavailable();
-                    assertTrue(board.metric("threefold_buffered_bytes") <= 16 * 1024 * 1024, "held: " + board.metric("threefold_buffered_bytes"));
+                    double held = board.metric("threefold_buffered_bytes");
+                    assertTrue(held <= 16 * 1024 * 1024, "held: " + held);
                     board.get("/api/messages?limit=1").expect(200);
                     board.say("a", "still stored").expect(201);
                 } finally {
@@ -562,7 +563,8 @@ class OutageTest {
                 List<CompletableFuture<Integer>> waiting = IntStream.rangeClosed(1, 1_024)
                         .mapToObj(i -> batcher.submit(i, Runnable::run)).toList();
                 var rejected = batcher.submit(1_025, Runnable::run);
-                assertTrue(rejected.isCompletedExceptionally() && waiting.stream().noneMatch(CompletableFuture::isDone));
+                assertTrue(rejected.isCompletedExceptionally());
+                assertTrue(waiting.stream().noneMatch(CompletableFuture::isDone));
                 assertTrue(assertThrows(ExecutionException.class, rejected::get).getCause() instanceof
                         Batcher.Overloaded);
                 assertThrows(Batcher.Overloaded.class, () -> batcher.call(1_026), "a thread that may block, too");
@@ -579,7 +581,7 @@ class OutageTest {
             }); Home home = new Home()) {
                 Callable<String> ask = () -> {
                     CompletableFuture<String> answer = new CompletableFuture<>();
-                    home.thread.submit(() -> batcher.submit(1, home).whenComplete((a, failure) -> answer.complete(a))).get();
+                    home.thread.submit(() -> batcher.submit(1, home).thenAccept(answer::complete)).get();
                     return answer.get(5, TimeUnit.SECONDS);
                 };
                 assertEquals("doubling", ask.call(), "nobody knows yet how long it takes");
@@ -633,7 +635,7 @@ class OutageTest {
                 return batch.stream().limit(4).map(n -> 2 * n).toList();
             })) {
                 LinkedBlockingQueue<Integer> answers = new LinkedBlockingQueue<>();
-                for (int i = 0; i < 11; i++) batcher.submit(i, Runnable::run).whenComplete((a, failure) -> answers.add(a));
+                for (int i = 0; i < 11; i++) batcher.submit(i, Runnable::run).thenAccept(answers::add);
                 gate.countDown();
                 Wait.until("all are answered", () -> answers.size() == 11);
                 assertEquals(IntStream.range(0, 11).mapToObj(n -> 2 * n).toList(), new ArrayList<>(answers));

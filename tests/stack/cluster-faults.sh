@@ -83,7 +83,7 @@ do_power_loss() {
   for n in $(others "$primary"); do power_on "$n"; sleep 3; done
   sleep 25
   power_on "$primary"
-  wait_for 30 answers "$primary"
+  wait_for 30 responds "$primary"
 }
 
 # As docs/cluster.md says.
@@ -96,7 +96,7 @@ do_replaced() {
   on "$m" node demote "$(machine "$victim")" >/dev/null && on "$m" node rm --force "$(machine "$victim")" >/dev/null ||
     return 1
   power_on "$victim"
-  wait_for 60 answers "$victim" || return 1
+  wait_for 60 responds "$victim" || return 1
   # shellcheck disable=SC2046 # a list of services
   mapfile -t images < <(on "$m" service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' \
     $(on "$m" service ls --quiet) | sort -u)

@@ -27,30 +27,30 @@ wal_syncs() {
         WHERE a.application_name LIKE 'threefold %' AND io.object = 'wal'"
 }
 
-# 25 MB of events, and five subscribers that were stopped after they had subscribed. They have no name; instances have.
+# 25 MB of heartbeats, and five subscribers that hang. They have no name; instances have one.
 check_stalled_subscribers() {
   local seen
   seen=$(docker compose exec -T redis bash -c '
-    for n in 1 2 3 4 5; do redis-cli subscribe threefold:events >/dev/null & stalled="$stalled $!"; done
-    trap "kill -9 $stalled; rm /tmp/event" EXIT
+    for n in 1 2 3 4 5; do redis-cli subscribe threefold:instances:0 >/dev/null & stalled="$stalled $!"; done
+    trap "kill -9 $stalled; rm /tmp/heartbeat" EXIT
     for try in $(seq 100); do
       [ "$(redis-cli client list type pubsub | grep -c " name= ")" -lt 5 ] || break; sleep 0.1
     done
     kill -STOP $stalled
-    head -c 500000 /dev/zero | tr "\0" x >/tmp/event
-    for n in $(seq 50); do redis-cli -x publish threefold:events </tmp/event; done | sed -n 1p
+    head -c 500000 /dev/zero | tr "\0" x >/tmp/heartbeat
+    for n in $(seq 50); do redis-cli -x publish threefold:instances:0 </tmp/heartbeat; done | sed -n 1p
     redis-cli incr threefold:stalled; redis-cli del threefold:stalled' 2>&1) || true
-  bound "subscribers that got the first event" "at least" 8 "$(sed -n 1p <<<"$seen")"
+  bound "subscribers that got the first heartbeat" "at least" 8 "$(sed -n 1p <<<"$seen")"
   check "Redis counts" 1 "$(sed -n 2p <<<"$seen")"
-  summary="the first event went to $(sed -n 1p <<<"$seen"); after 25 MB of events Redis counts"
+  summary="the first heartbeat went to $(sed -n 1p <<<"$seen"); after 25 MB of them Redis counts"
 }
 
 check_client_disconnects() {
   local what
   for what in descriptors Threads VmRSS nginx; do levels $what >"$WORK/before-$what"; done
-  send hang-up 10000
-  bound "clients that disconnected, of 10,000" "at least" 9900 "$(value hung-up)"
-  summary="$(value hung-up) clients disconnected"
+  send disconnect 10000
+  bound "clients that disconnected, of 10,000" "at least" 9900 "$(value disconnected)"
+  summary="$(value disconnected) clients disconnected"
   wait_for 20 holds released || { fail "not released after 20 s"; cat "$WORK/holds"; }
   for what in descriptors Threads VmRSS nginx; do
     summary+="; $what $(cut -d' ' -f2 "$WORK/before-$what" | paste -sd/ -)"
@@ -123,9 +123,9 @@ check_other_version() {
 check_spoofed_headers() {
   local headers own
   docker network connect --alias web-extra "$backend" "$RUN-load" || return 1
-  send forwarded
+  send spoof
   docker network disconnect "$backend" "$RUN-load"
-  headers=$(value told | tr '|' '\n') own=$(value own)
+  headers=$(value headers | tr '|' '\n') own=$(value own)
   check "headers about the client" "x-forwarded-for:$own x-forwarded-proto:http x-real-ip:$own" \
     "$(grep -E '^(x-)?forwarded|^x-real-ip|203\.0\.113\.7' <<<"$headers" | sort | paste -sd' ' -)"
   summary="X-Forwarded-For and X-Real-IP are the client's own address"
