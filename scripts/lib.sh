@@ -9,6 +9,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null # `docker compose exec` and `docker compose run` would read the caller's input
 
 URL=${PORT:-9999} URL=http://localhost:${URL##*:} # PORT can hold an address: 127.0.0.1:9999
+case ${TLS_CERT:+cert}${TLS_KEY:+key} in
+  certkey) HTTPS=${HTTPS_PORT:-9443} HTTPS=https://localhost:${HTTPS##*:} ;;
+  cert | key) echo "HTTPS needs both TLS_CERT and TLS_KEY" >&2; exit 1 ;;
+esac
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
 WORK=$(mktemp -d)
 RUN="$(basename "$0")-$$-$RANDOM" # marks this run's requests in all logs
