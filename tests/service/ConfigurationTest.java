@@ -242,6 +242,7 @@ class ConfigurationTest {
             assertEquals("[db1:5432, db2:5433, ::1:5432]",
                     config("DB_HOST", "db1,db2:5433,::1").postgres().hosts().toString());
             assertEquals("threefold", config("REDIS_SENTINELS", "s1,s2,s3:1").redis().master());
+            assertEquals("board", config("REDIS_SENTINELS", "s1", "REDIS_MASTER", "board").redis().master());
         }
 
         @Test void are_named_in_one_way_only() { assertSays(refusal("REDIS_HOST", "a", "REDIS_SENTINELS", "b"),

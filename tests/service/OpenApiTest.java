@@ -204,6 +204,7 @@ class OpenApiTest {
         eachOperation((name, operation) -> operation.getAsJsonObject("responses").keySet()
                 .forEach(status -> described.add(name + " " + status)));
         described.removeAll(NOT_PROVOKED);
+        described.removeIf(name -> name.endsWith(" 429")); // nginx limits by client address, not an instance
         assertEquals(described, SEEN);
     }
 
