@@ -35,7 +35,8 @@ up: ## build the image, start the stack, wait until it is healthy, print its add
 	@. scripts/lib.sh && own_stack && check_nginx && claim_data || $(hint)
 	@BALANCE=$$(. scripts/lib.sh && first_balance) docker compose up --detach --build --wait || \
 	  { scripts/why >&2; false; } || $(hint)
-	@. scripts/lib.sh && reload_nginx "$${BALANCE:-round-robin}" && say "Threefold answers at $$URL"
+	@. scripts/lib.sh && reload_nginx "$${BALANCE:-round-robin}" && \
+	  say "Threefold answers at $${HTTPS:+$$HTTPS and }$$URL"
 
 build: ## build the image of the service
 	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
@@ -52,6 +53,9 @@ clean: ##+ stop the stack and delete its data and image, after a question
 	  [ "$$answer" = yes ] || { echo "Nothing was deleted."; exit 1; }
 	@$(compose_all) down --remove-orphans --volumes
 	@docker image rm --force "$$(docker compose config web1 | sed -n 's/^    image: //p' | tail -n 1)" >/dev/null
+
+cert: ##+ make a certificate for https://localhost in the folder tls
+	@scripts/cert
 
 offline-images: ##+ build replacements of the official images if no registry can be reached (WHAT=monitor)
 	@image/base-images/build $(WHAT)
@@ -91,6 +95,12 @@ test-persist: ## restart, kill and recreate all containers; check that no data a
 test-failover: ## kill, stop and hang parts under load; check that no request fails and no data are lost (CASE=…)
 	@tests/stack/failover $(CASE)
 
+lab: ## see which test one changed line turns red, on a copy of the stack (docs/lab.md): make lab EXPERIMENT=3
+	@tests/stack/lab $(or $(EXPERIMENT),list)
+
+test-isolation: ##+ check that clients reach nginx alone and that the backend network has no way out
+	@tests/stack/isolation
+
 bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
 	@bench/run
 
@@ -102,6 +112,9 @@ bench-peers: ##+ measure other frameworks beside the service (QUICK=1: in a few 
 
 lint: ##+ check each language by its own tool (scripts/lint shell html: two of the checks)
 	@scripts/lint
+
+test-lab: ##+ check that each change of docs/lab.md turns its test red, and that going back turns it green
+	@tests/stack/lab
 
 test-browser: ##+ use the page in a real browser while parts of the stack are killed
 	@tests/browser/run

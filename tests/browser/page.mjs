@@ -439,6 +439,21 @@ test('seven windows have one stream; whichever of them goes, the others miss not
   await allGoOn('one more');
 });
 
+test('over HTTP/2, seven windows of which each has its own stream', async () => {
+  const context = await newContext({ ignoreHTTPSErrors: true }), protocols = new Set(), windows = [];
+  await context.addInitScript(() => Object.defineProperty(Navigator.prototype, 'locks', { value: undefined }));
+  for (let i = 0; i < 7; i++) windows.push(await visit({ context, base: process.env.HTTPS_URL }));
+  for (const page of windows) {
+    assert.equal(page.streams.length, 1); // over HTTP/1.1, a browser has six connections to a host
+    const entries = () => [...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')];
+    for (const { nextHopProtocol } of await page.evaluate(`(${entries})().map(entry => entry.toJSON())`))
+      protocols.add(nextHopProtocol);
+  }
+  assert.deepEqual([...protocols], ['h2']);
+  await storeMany(`HTTP/2 ${RUN}`, 20);
+  for (const page of windows) await catchesUp(page, `HTTP/2 ${RUN}`, 20);
+});
+
 test('a window that missed a broadcast event reads the newest page', async () => {
   const { windows: [, page] } = await openWindows(2);
   await page.evaluate(() => {
