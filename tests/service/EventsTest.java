@@ -27,6 +27,7 @@ import java.util.stream.IntStream;
 import static java.nio.charset.StandardCharsets.UTF_8;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 /** Live events: what happens on one instance is seen on all, and what was missed is brought later. */
@@ -193,6 +194,7 @@ class EventsTest {
                     Wait.until("all three are told", () -> viewer.ids().size() == 3);
                     viewer.checkInTurn();
                     assertTrue(viewer.ids().get(1) > viewer.ids().get(2), "who began earlier first: " + viewer.ids());
+                    assertEquals(viewer.place, board.get("/api/messages").expect(200).text("cursor"));
                 }
             }
         }
@@ -274,6 +276,25 @@ class EventsTest {
                 assertTrue(seconds > 14, "expected it after 15 s, actual: after " + seconds);
                 assertTrue(viewer.all("visit").size() > 10, "expected that it was told of visits meanwhile");
                 assertEquals("{}", viewer.all("heartbeat").getFirst().data.strip());
+            }
+        }
+
+        /** What the statistics of PostgreSQL count, they have after a second, with the next statement. */
+        @Test void shares_each_read_with_all_that_are_at_the_same_cursor() throws Exception {
+            String database = Servers.newDatabase();
+            List<Subscriber> all = new ArrayList<>();
+            try (Instance board = new Instance("shared", Servers.environment(database))) {
+                for (int i = 0; i < 40; i++) all.add(new Subscriber(board, ""));
+                for (int i = 0; i < 20; i++) {
+                    if (i == 19) Thread.sleep(1_100);
+                    Answer message = board.say("a", "b").expect(201);
+                    for (Subscriber one : all) one.awaits(message);
+                }
+                int read = Integer.parseInt(Servers.sql(database, "SELECT idx_tup_fetch FROM pg_stat_user_tables "
+                        + "WHERE relname = 'messages'").getFirst());
+                assertTrue(read > 20 && read < 400, "expected some reads for each of 20 messages, not 40: " + read);
+            } finally {
+                for (Subscriber one : all) one.close();
             }
         }
 
@@ -363,16 +384,17 @@ class EventsTest {
 
         @Test void for_more_than_fifty_thousand_messages_is_told_that_there_is_a_gap() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase());
-            try (Instance board = new Instance("far", database)) {
-                board.awaitReady();
+            try (Instance board = new Instance("far", database); Subscriber present = new Subscriber(board, "")) {
                 List<String> ids = Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, "
                         + "request_key) SELECT 'a', 'b', 'c', 's:' || n FROM generate_series(1, 50001) n "
                         + "RETURNING tx || '-' || id");
                 try (Subscriber far = new Subscriber(board, "?after=0");
                      Subscriber near = new Subscriber(board, "?after=" + ids.getFirst())) {
                     Wait.until("it hears of the gap", () -> far.all("gap").size() == 1);
-                    Wait.until("the other one is brought them", () -> near.ids().size() > 1_000);
+                    Wait.until("the others are brought them",
+                            () -> near.ids().size() > 1_000 && present.ids().size() > 1_000);
                     assertTrue(near.all("gap").isEmpty() && far.ids().isEmpty(), "one of them has a gap, not both");
+                    assertTrue(present.all("gap").isEmpty(), "a subscriber that stays has none");
                 }
             }
         }
@@ -396,16 +418,16 @@ class EventsTest {
             }
         }
 
-        /** As numbers: 9 is before 10, and 99 before 100. */
+        /** As numbers: 9 is before 10, and 99 before 100; also where ids have another order, on more than one page. */
         @Test void is_brought_it_in_the_order_of_the_transactions() throws Exception {
             Map<String, String> database = Servers.environment(Servers.newDatabase());
             try (Instance board = new Instance("numbers", database)) {
                 board.awaitReady();
                 Servers.sql(database.get("DB_NAME"), "INSERT INTO messages (author, body, instance, request_key, tx) "
                         + "SELECT 'a', 'told in turn', 'other', 's:' || tx, tx::text::xid8 "
-                        + "FROM unnest(ARRAY[9, 10, 11, 99, 100, 101]) AS tx");
+                        + "FROM generate_series(108, 9, -1) AS tx");
                 try (Subscriber viewer = new Subscriber(board, "?after=0")) {
-                    Wait.until("all is told", () -> viewer.ids().size() == 6);
+                    Wait.until("all is told", () -> viewer.ids().size() == 100);
                     viewer.checkInTurn();
                 }
             }
@@ -421,6 +443,7 @@ class EventsTest {
                     assertEquals(1, viewer.ids().size());
                     Event gap = viewer.all("gap").getFirst();
                     assertTrue(gap.place().compareTo(viewer.all("message").getFirst().place()) < 0, "" + gap);
+                    assertEquals("{\"after\":\"" + place + "\"}", gap.data.strip());
                 }
             }
         }
@@ -465,10 +488,15 @@ class EventsTest {
                     board.awaitReady();
                     List<Long> stored = store(elsewhere, 10);
                     cable.cut();
-                    try (Subscriber viewer = new Subscriber(board, "?after=0")) {
+                    try (Subscriber viewer = new Subscriber(board, "?after=0");
+                            Subscriber fresh = new Subscriber(board, "")) {
                         Wait.until("it is noticed", () -> board.get("/readyz").text("status").equals("degraded"));
+                        assertNull(fresh.place, "no cursor is known");
                         cable.mend();
                         Wait.until("all that was missed is there", () -> viewer.ids().containsAll(stored));
+                        Wait.until("the one without a cursor has a gap", () -> fresh.all("gap").size() == 1);
+                        assertEquals("{\"after\":null}", fresh.all("gap").getFirst().data.strip());
+                        fresh.awaits(elsewhere.say("a", "and goes on").expect(201));
                     }
                 }
             }
@@ -517,9 +545,12 @@ class EventsTest {
     @Nested class A_viewer_who_does_not_read {
         @Test void costs_little_and_has_all_in_its_order_when_it_reads_again() throws Exception {
             try (Instance board = new Instance("slow", Servers.environment(Servers.newDatabase()));
-                 RawConnection slow = new RawConnection(board.port, 4_096); Subscriber other = new Subscriber(board, "")) {
-                slow.send(HttpTest.request("GET", "/api/events")).read(true).expect(200);
-                Wait.until("both have joined", () -> board.metric("threefold_sse_subscribers") == 2);
+                 RawConnection slow = new RawConnection(board.port, 4_096);
+                 RawConnection stalled = new RawConnection(board.port, 4_096);
+                 Subscriber other = new Subscriber(board, "")) {
+                for (RawConnection one : List.of(slow, stalled))
+                    one.send(HttpTest.request("GET", "/api/events")).read(true).expect(200);
+                Wait.until("all have joined", () -> board.metric("threefold_sse_subscribers") == 3);
                 String long2000 = MessagesTest.SMILE.repeat(1_900);
                 List<Long> stored = new ArrayList<>();
                 for (int round = 0; round < 20; round++) {
@@ -540,7 +571,9 @@ class EventsTest {
                             line.indexOf(',')).strip()));
                 }
                 assertEquals(other.ids(), told);
-                Wait.until("nothing is kept for it any more", () -> board.metric("threefold_buffered_bytes") < 10_000);
+                Wait.until("the one that never reads is dropped, and nothing is kept for either", Duration.ofSeconds(40),
+                        () -> board.metric("threefold_sse_subscribers") == 2
+                                && board.metric("threefold_buffered_bytes") == 0);
             }
         }
 

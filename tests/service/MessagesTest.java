@@ -302,6 +302,16 @@ class MessagesTest {
             }
         }
 
+        @Test void is_read_with_others_up_to_two_hundred_rows() throws Exception {
+            Config config = Config.from(Servers.environment(Servers.newDatabase()));
+            try (Postgres postgres = new Postgres(config);
+                    Messages messages = new Messages(postgres, "reader", new Metrics())) {
+                messages.probe(); // creates the schema
+                List<PageQuery> three = List.of(new PageQuery(9, 100), new PageQuery(8, 100), new PageQuery(7, 1));
+                assertEquals(2, messages.pages(three).size());
+            }
+        }
+
         @Test void answers_many_different_questions_at_once() throws Exception {
             List<Callable<List<Long>>> questions = new ArrayList<>();
             for (int i = 0; i < 60; i++) {
@@ -573,6 +583,25 @@ class MessagesTest {
             String text = key();
             assertNotEquals(Servers.one().say("a", text).expect(201).id(), Servers.one().say("a", text).expect(201)
                     .id());
+        }
+
+        /** Two statements that lock the same rows in different orders would wait for each other. */
+        @Test void in_two_large_batches_at_once_is_locked_in_one_order() throws Exception {
+            Config config = Config.from(Servers.environment(Servers.newDatabase()));
+            try (Postgres first = new Postgres(config); Postgres second = new Postgres(config);
+                    Messages one = new Messages(first, "one", new Metrics());
+                    Messages other = new Messages(second, "other", new Metrics())) {
+                one.probe(); // creates the schema
+                for (int round = 0; round < 5; round++) {
+                    List<SaveRequest> batch = new ArrayList<>(Stream.generate(() -> new SaveRequest(
+                            new IdempotencyKey(key(), true), new NewMessage("a", "b"))).limit(500).toList()),
+                            reversed = new ArrayList<>(batch);
+                    Collections.reverse(reversed);
+                    for (List<SaveResult> saved : Wait.<List<SaveResult>>together(List.of(
+                            () -> one.save(batch), () -> other.save(reversed))))
+                        assertTrue(saved.stream().allMatch(result -> result.rejection() == null), "round " + round);
+                }
+            }
         }
 
         @Test void and_others_in_opposite_order_on_two_instances_do_not_block_each_other() throws Exception {

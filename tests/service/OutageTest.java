@@ -168,6 +168,18 @@ class OutageTest {
         }
     }
 
+    @Nested class A_visit_whose_answer_is_lost {
+        @Test void is_not_counted_again() throws Exception {
+            try (Wired wired = new Wired("forgetful")) {
+                long before = wired.instance.total();
+                wired.redis.loseAnswerTo("INCRBY");
+                assertTrue(wired.instance.get("/").expect(200).json().get("visits").isJsonNull());
+                assertTrue(wired.redis.hasLost(), "the answer of Redis was lost");
+                assertEquals(before + 1, Servers.one().total());
+            }
+        }
+    }
+
     @Nested class While_PostgreSQL_is_away {
         @ParameterizedTest @EnumSource(Trouble.class)
         void messages_are_unavailable_and_the_rest_works(Trouble how) throws Exception {
@@ -464,6 +476,27 @@ class OutageTest {
         }
     }
 
+    @Nested class Senders_of_bodies_that_do_not_end {
+        @Test void take_no_more_memory_than_the_budget() throws Exception {
+            try (Instance board = new Instance("patient", Servers.environment(Servers.newDatabase()))) {
+                board.awaitReady();
+                List<RawConnection> senders = new ArrayList<>();
+                try {
+                    for (int i = 0; i < 170; i++) {
+                        senders.add(board.wire());
+                        senders.getLast().send(HttpTest.post(HttpTest.sized(HttpTest.BODY_MOST)).substring(0, 500));
+                    }
+                    Wait.until("there is no more room", () ->
+                            board.metric("threefold_buffered_bytes") > 16.5e6);
+                    board.post(HttpTest.sized(HttpTest.BODY_MOST)).unavailable();
+                } finally {
+                    for (RawConnection sender : senders) sender.close();
+                }
+                Wait.until("there is room again", () -> board.post(HttpTest.sized(HttpTest.BODY_MOST)).status() == 201);
+            }
+        }
+    }
+
     @Nested class A_batcher {
         private final List<Integer> sizes = Collections.synchronizedList(new ArrayList<>());
         private final CountDownLatch busy = new CountDownLatch(1), gate = new CountDownLatch(1);
@@ -638,6 +671,56 @@ class OutageTest {
                 Wait.until("all are answered", () -> answers.size() == 11);
                 assertEquals(IntStream.range(0, 11).mapToObj(n -> 2 * n).toList(), new ArrayList<>(answers));
                 assertTrue(sizes.stream().allMatch(size -> size <= 4), "at once: " + sizes);
+            }
+        }
+
+        @Test void counts_what_it_sends_again_as_waiting() throws Exception {
+            LinkedBlockingQueue<Runnable> turns = new LinkedBlockingQueue<>();
+            Executor oneTurn = work -> {
+                if (Thread.currentThread().getName().equals("halving")) work.run();
+                else turns.add(work);
+            };
+            try (var batcher = new Batcher<Integer, Integer>("halving", new Metrics(), batch -> {
+                if (batch.contains(-1)) {
+                    busy.countDown();
+                    gate.await();
+                }
+                return batch.subList(0, (batch.size() + 1) / 2);
+            })) {
+                var answers = IntStream.range(0, 100).mapToObj(i -> batcher.submit(i, oneTurn)).toList();
+                turns.take().run();
+                for (var answer : answers) answer.get(5, TimeUnit.SECONDS);
+                Wait.meanwhile(() -> batcher.submit(-1, Runnable::run));
+                busy.await();
+                for (int i = 0; i < 1_024; i++) batcher.submit(i, Runnable::run);
+                assertTrue(batcher.submit(0, Runnable::run).isCompletedExceptionally());
+                gate.countDown();
+            }
+        }
+
+        /** Else answers would gather where a thread is slow to take them. */
+        @Test void begins_no_third_batch_before_the_answers_of_the_first_are_taken() throws Exception {
+            LinkedBlockingQueue<Runnable> replies = new LinkedBlockingQueue<>();
+            Executor slow = work -> {
+                if (Thread.currentThread().getName().equals("doubling")) replies.add(work);
+                else work.run();
+            };
+            AtomicInteger begun = new AtomicInteger();
+            try (var batcher = new Batcher<Integer, Integer>("doubling", new Metrics(), batch -> {
+                begun.incrementAndGet();
+                Thread.sleep(50); // too long for the thread that submits
+                return batch;
+            })) {
+                for (int i = 1; i <= 2; i++) {
+                    batcher.submit(i, slow);
+                    int batches = i;
+                    Wait.until("a reply waits", () -> replies.size() == batches);
+                }
+                batcher.submit(3, slow);
+                Thread.sleep(200);
+                assertEquals(2, begun.get());
+                replies.take().run();
+                Wait.until("the third follows", () -> begun.get() == 3);
             }
         }
 

@@ -134,6 +134,19 @@ class StoresTest {
             assertFalse(waits.isDone(), "it waits");
         }
 
+        @Test void that_ends_all_sessions_fails_no_request() {
+            String database = Servers.newDatabase();
+            try (Instance board = new Instance("ended", Servers.environment(database))) {
+                board.say("a", "before").expect(201);
+                for (int i = 0; i < 3; i++) {
+                    cutConnections(database);
+                    board.say("a", "on a new connection").expect(201);
+                    cutConnections(database);
+                    board.get("/api/messages").expect(200);
+                }
+            }
+        }
+
         @Test void that_remarks_on_something_has_stored_it() {
             String database = Servers.newDatabase();
             try (Instance board = new Instance("remarks", Servers.environment(database))) {
@@ -699,6 +712,23 @@ class StoresTest {
                     assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
                 }
                 try (Jedis old = new Jedis("127.0.0.1", before.port)) { assertFalse(old.exists("visits:total")); }
+            }
+        }
+
+        /** Without a replica that has the count, a new primary might give its number again. */
+        @Test void that_has_to_reach_a_replica_gives_no_number_without_one() throws Exception {
+            try (RedisProgram primary = new RedisProgram(); Instance board = new Instance("replicated", with(
+                    Servers.newDatabase(), "REDIS_PORT", "" + primary.port, "REDIS_PASS", "",
+                    "REDIS_WAIT_REPLICAS", "1"))) {
+                board.awaitReady();
+                assertTrue(board.get("/").expect(200).json().get("visits").isJsonNull());
+                assertEquals("ready", OutageTest.status(board));
+                try (RedisProgram replica = new RedisProgram("replicaof 127.0.0.1 " + primary.port)) {
+                    Wait.until("the replica confirms a count",
+                            () -> !board.get("/").expect(200).json().get("visits").isJsonNull());
+                    long visit = board.visits();
+                    assertEquals(visit + 1, board.visits());
+                }
             }
         }
 
