@@ -46,8 +46,7 @@ down: ## stop the stack and keep its data
 	@. scripts/lib.sh && own_stack && $(compose_all) down --remove-orphans
 
 clean: ##+ stop the stack and delete its data and image, after a question
-	@. scripts/lib.sh && own_stack
-	@name=$$(docker compose config | sed -n 's/^name: //p'); \
+	@name=$$(. scripts/lib.sh && own_stack && project); \
 	  read -rp "This deletes all messages and counters of the stack \"$$name\", and the image. Type yes: " answer || :; \
 	  [ "$$answer" = yes ] || { echo "Nothing was deleted."; exit 1; }
 	@$(compose_all) down --remove-orphans --volumes

@@ -232,6 +232,7 @@ public final class Service implements AutoCloseable {
 final class Http implements AutoCloseable {
     private static final HttpString X_INSTANCE_ID = new HttpString("X-Instance-Id");
     private static final HttpString X_CONTENT_TYPE_OPTIONS = new HttpString("X-Content-Type-Options");
+    private static final HttpString TRACEPARENT = new HttpString("traceparent"); // W3C Trace Context
     /** Query parameters that exist. No other is kept: the request of a stream stays in memory for hours. */
     private static final Set<String> PARAMETERS = Set.of("after", "before", "limit");
     private static final AttachmentKey<String> ROUTE = AttachmentKey.create(String.class);
@@ -468,17 +469,18 @@ final class Http implements AutoCloseable {
     private void onComplete(HttpServerExchange exchange) {
         Integer reserved = exchange.getAttachment(RESERVED_BYTES);
         if (reserved != null) budget.release(reserved);
+        int status = exchange.getStatusCode();
         String route = Objects.requireNonNullElse(exchange.getAttachment(ROUTE), "(none)");
         String method = abbreviate(exchange.getRequestMethod().toString());
-        String path = abbreviate(exchange.getRequestPath());
         long nanos = System.nanoTime() - exchange.getRequestStartTime();
-        metrics.request(route, method, exchange.getStatusCode(), nanos);
-        if (exchange.getStatusCode() >= 400)
-            Log.warn("request_rejected", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "reason", exchange.getAttachment(REJECTION_REASON));
-        else if (clientWantsTrace(exchange))
-            Log.info("request_completed", "request", requestId(exchange), "method", method, "path", path,
-                    "status", exchange.getStatusCode(), "millis", nanos / 1_000_000.0);
+        metrics.request(route, method, status, nanos);
+        if (status < 400 && !clientWantsTrace(exchange)) return;
+        String trace = exchange.getRequestHeaders().getFirst(TRACEPARENT);
+        Object[] request = {"request", requestId(exchange), "traceparent", trace == null ? null : abbreviate(trace),
+            "method", method, "path", abbreviate(exchange.getRequestPath()), "status", status,
+            "millis", nanos / 1_000_000.0, "reason", exchange.getAttachment(REJECTION_REASON)};
+        if (status >= 400) Log.warn("request_rejected", request);
+        else Log.info("request_completed", request);
     }
 
     private static String abbreviate(String text) {
@@ -628,6 +630,9 @@ record Response(int status, String type, byte[] body, Map<HttpString, String> he
 /** An error as RFC 9457 defines it; {@code errors} are by field. */
 @SuppressWarnings("serial") // never serialized
 final class Problem extends RuntimeException {
+    private static final Map<Integer, String> TITLES = Map.of(400, "Bad Request", 404, "Not Found",
+            405, "Method Not Allowed", 413, "Content Too Large", 415, "Unsupported Media Type",
+            422, "Unprocessable Content", 500, "Internal Server Error", 503, "Service Unavailable"); // RFC 9110
     private final int status;
     private final Map<String, String> errors;
 
@@ -663,7 +668,7 @@ final class Problem extends RuntimeException {
     Response response() {
         Map<String, Object> members = new LinkedHashMap<>();
         members.put("type", "about:blank");
-        members.put("title", StatusCodes.getReason(status));
+        members.put("title", TITLES.get(status));
         members.put("status", status);
         members.put("detail", getMessage());
         if (!errors.isEmpty()) members.put("errors", errors);
@@ -1132,8 +1137,8 @@ final class HtmlPage {
     }
 
     byte[] render(String instance, Long visit, Counts counts, MessagePage page, PageQuery query,
-            List<InstanceStatus> present, Form form) {
-        return template.execute(new View(style, script, instance, visit, counts, page, query, present, form))
+            List<InstanceStatus> statuses, Form form) {
+        return template.execute(new View(style, script, instance, visit, counts, page, query, statuses, form))
                 .getBytes(UTF_8);
     }
 
@@ -1164,18 +1169,16 @@ final class HtmlPage {
 
     /** The names of the template. */
     private record View(String style, String script, String instance, Long visitNumber, Counts counts, MessagePage page,
-                        PageQuery query, List<InstanceStatus> present, Form form) {
+                        PageQuery query, List<InstanceStatus> statuses, Form form) {
         String title() { return form.isRejected() ? "Not stored" : instance; }
         boolean postgresUnavailable() { return page.messages() == null; }
         boolean redisUnavailable() { return counts.total() == null; }
         boolean isLong() { return instance.length() > 9; }
         String visit() { return visitNumber == null ? "Not counted as a visit" : format("Visit %,d", visitNumber); }
         String total() { return redisUnavailable() ? "unknown" : format("%,d", counts.total()); }
-        int authorMost() { return NewMessage.MAX_AUTHOR; }
-        String authorLimit() { return format("%,d", NewMessage.MAX_AUTHOR); }
+        int authorMax() { return NewMessage.MAX_AUTHOR; }
         String authorError() { return form.errors().get("author"); }
-        int bodyMost() { return NewMessage.MAX_BODY; }
-        String bodyLimit() { return format("%,d", NewMessage.MAX_BODY); }
+        int bodyMax() { return NewMessage.MAX_BODY; }
         String bodyError() { return form.errors().get("body"); }
         boolean isNewest() { return query.before() == PageQuery.NEWEST.before(); }
         String cursor() { return page.cursor(); }
@@ -1184,7 +1187,7 @@ final class HtmlPage {
         Share blankShare() { return Share.BLANK; }
         List<Row> messages() { return postgresUnavailable() ? null : page.messages().stream().map(Row::of).toList(); }
 
-        InstanceStatus blankPresence() { return new InstanceStatus("", "", "", "", null); }
+        InstanceStatus blankStatus() { return new InstanceStatus("", "", "", "", null); }
 
         List<Share> shares() {
             return counts.byInstance().entrySet().stream().sorted(Map.Entry.comparingByKey(InstanceStatus.BY_NAME))

@@ -41,7 +41,7 @@ if (picture eq 'latency') {
        lines('latency', 'post', '$3, $5') title 'POST, p50' lc rgb orange pt 7 dt 2
 }
 if (picture eq 'instances') {
-  set title 'Requests a second by number of instances, each with a small share of a processor'
+  set title 'Requests a second by number of instances, each with a small share of a CPU'
   set xlabel 'instances'
   set style data histograms
   set style histogram clustered gap 1

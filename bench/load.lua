@@ -1,14 +1,14 @@
--- What wrk sends and tells: wrk … -s load.lua URL -- get|post|mixed|overload [TEXT [RATE]]
--- Prints one line: requests that were answered well, microseconds, p50 and p99 in microseconds, requests that were not,
--- and how not; for `overload`: 201s, 503s with Retry-After, other answers, connections that broke.
+-- The requests and the output of wrk: wrk … -s load.lua URL -- get|post|mixed|overload [TEXT [RATE]]
+-- Prints one line: good responses, microseconds, p50 and p99 in microseconds, failed requests, and how they failed; for
+-- `overload`: 201s, 503s with Retry-After, other responses, broken connections.
 local ffi = require("ffi")
 ffi.cdef "typedef struct { long seconds, micros; } timeval; int gettimeofday(timeval *, void *);"
 
 local threads = {}
 function setup(thread) table.insert(threads, thread) end
 
--- RATE a second from this thread, at random times as from people who don't know of each other (a Poisson process): each
--- answer frees its connection for the next time on the list.
+-- RATE a second from this thread at random times (a Poisson process): each response frees its connection for the next
+-- time of the list.
 local function pace(rate)
   local now, last = ffi.new("timeval")
   math.randomseed(tonumber(tostring({}):match("0x(%x+)"), 16) % 2^31)
@@ -20,7 +20,7 @@ local function pace(rate)
   end
 end
 
--- Nine times what the address says, then a POST.
+-- Nine requests for the URL, then a POST.
 function mix(text)
   local get, sent = wrk.format("GET"), 0
   local post = wrk.format("POST", "/api/messages", {["Content-Type"] = "application/json"},

@@ -1,12 +1,11 @@
-# shellcheck shell=bash disable=SC2034,SC2154 # `run` and these parts share their variables
-# What the bench tells: facts, tables, bench.json and the pictures. Sourced by `run`.
-
+# shellcheck shell=bash disable=SC2034,SC2154 # sourced by run, whose variables these are
+# The facts, the tables, bench.json and the pictures.
 
 facts() {
   keep fact date "$(date -u +%Y-%m-%dT%H:%M:%SZ)"
   keep fact quick "${QUICK:-0}"
-  keep fact processors "$(docker info --format '{{.NCPU}}')"
-  keep fact processor "$(box load-inner sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p)"
+  keep fact cpus "$(docker info --format '{{.NCPU}}')"
+  keep fact cpu "$(box load-backend sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p)"
   keep fact memoryMB "$(calc "$(docker info --format '{{.MemTotal}}') / 1048576" 0)"
   keep fact system "$(docker info --format '{{.OperatingSystem}}, Linux {{.KernelVersion}}, Docker {{.ServerVersion}}')"
   keep fact java "$(box web1 sed -n 's/^JAVA_VERSION="\(.*\)"/\1/p' java/release)"
@@ -32,15 +31,15 @@ table() {
         $10 == "" ? "" : ($9 == "least" ? ">= " : "<= ") ($8 == "" ? figure($10, $5) : $10),
         $11 == "yes" ? "ok" : $11 == "no" ? "MISSED" : "" }'
   say ""
-  if quick; then say "One run of 1 s each, hardly warmed up: it shows that the bench works, not what is reached."
-  else say "Medians of $RUNS runs of $LONG s, in turn with what they are compared to; a ratio is the median of the"
+  if quick; then say "One run of 1 s each without a warm-up: it shows that the bench works, not the speed."
+  else say "Medians of $RUNS runs of $LONG s, in turn with the figures for comparison; a ratio is the median of the"
        say "rounds' ratios. One client has $PAIRS runs of $PAGE s, pages $RUNS of $PAGE s, the start $STARTS runs."; fi
 }
 
-processor_table() {
+cpu_table() {
   grep -q '^cpu' "$DATA" || return 0
   say ""
-  say "Microseconds of processor a request:"
+  say "Microseconds of CPU time a request:"
   awk -F'\t' '$1 == "cpu" { used[$2, $3, $4] += $5; requests[$2, $3, $4] += $6 }
     function one(way, kind, container) {
       if (!requests[way, kind, container]) return "-"
@@ -58,21 +57,19 @@ processor_table() {
 failures_table() {
   [ -s "$WORK/failures" ] || return 0
   say ""
-  say "Requests that failed, and what the log had about them:"
+  say "Requests that failed, with their log lines:"
   cat "$WORK/failures"
 }
 
 write_results() {
-  local picture kind
+  local picture kind pictures=()
   mkdir -p "$OUT"; rm -f "$OUT"/*.svg
-  box_in load-inner jq -Rn -f /bench/results.jq <"$DATA" >"$OUT/bench.json"
-  box_in load-inner sh -c 'cat >/tmp/results.tsv' <"$DATA"
+  box_in load-backend jq -Rn -f /bench/results.jq <"$DATA" >"$OUT/bench.json"
   for picture in throughput latency instances pages; do
-    kind=$picture; [ $kind != throughput ] || kind=row
-    grep -q "^$kind" "$DATA" || continue
-    quiet box load-inner gnuplot -e "picture='$picture'; data='/tmp/results.tsv'; set output '/tmp/picture.svg'" \
-      /bench/draw.gp && box load-inner cat /tmp/picture.svg >"$OUT/$picture.svg"
+    kind=${picture/throughput/row}
+    ! grep -q "^$kind" "$DATA" || pictures+=("$picture")
   done
+  pictures "$DATA" "${pictures[@]}"
   say ""
   say "Written to $OUT: $(cd "$OUT" && echo ./*), after $((SECONDS - BEGAN)) s"
 }

@@ -1,7 +1,7 @@
-# shellcheck shell=bash disable=SC2034,SC2153,SC2154 # `run` and these parts share their variables
-# Rows 11, 12, 14, 15, 17 and 18: one function each, in the order in which they run. Sourced by `run`.
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154 # sourced by run, whose variables these are
+# Rows 11, 12, 14, 15, 17 and 18: one function each, in the order in which they run.
 
-# hold SIZE: `messages` is the table of that size. The others wait in schemas of their own, n1000 and so on, so that all
+# hold SIZE: `messages` is the table of that size. The other tables are in schemas of their own (n1000), so that all
 # sizes are measured in turn.
 hold() {
   local held; held=$(cat "$WORK/held")
@@ -50,26 +50,25 @@ page_time() {
   done
 }
 
-# instances N: nginx knows the first N of six; the others go on as they are, warm and idle.
+# instances N: nginx uses the first N of six; the other instances stay warm and idle
 instances() {
-  local unknown=none seen
-  case $1 in 1) unknown='web[23]|web-more' ;; 3) unknown=web-more ;; esac
-  sed -E "/server ($unknown):/d" nginx.conf >"$NGINX_CONF"   # into the same file, which the container has mounted
-  quiet box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
-  for _ in $(seq 60); do               # until all of them answer, and nobody else
-    seen=$(curl -s -m 20 -D - -o /dev/null "$URL/healthz?[1-30]" | grep -i '^x-instance-id' | sort -u | wc -l)
-    [ "$seen" -ne "$1" ] || return 0
-    sleep 0.2
-  done
-  say "$seen instances answer, not $1" >&2; return 1
+  local unknown=none
+  case $1 in 1) unknown='web[23]|web-extra' ;; 3) unknown=web-extra ;; esac
+  sed -E "/server ($unknown):/d" nginx.conf >"$NGINX_CONF" # the same file, which is mounted
+  quietly box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
+  wait_for 30 respond "$1" || { say "$seen instances respond, not $1" >&2; return 1; }
+}
+respond() {
+  seen=$(curl -s -m 20 -D - -o /dev/null "$URL/healthz?[1-30]" | grep -i '^x-instance-id' | sort -u | wc -l)
+  [ "$seen" -eq "$1" ]
 }
 
-# Instances that have so small a share of a processor that they, and not the machine, are the limit: with two
-# processors for six of them, nginx and the load, no number of instances would show. 64 connections for each.
+# Each instance has so small a share of a CPU that the instances, and not the machine, are the limit. 64 connections for
+# each.
 by_instances() {
-  local unmetered=1 round n kind name ours theirs all=(web1-1 web2-1 web3-1 web-more-1 web-more-2 web-more-3)
+  local unmetered=1 round n kind name ours theirs all=(web1-1 web2-1 web3-1 web-extra-1 web-extra-2 web-extra-3)
   progress "12  six instances"
-  COMPOSE_FILE=$COMPOSE_FILE:bench/small.yml compose_up --scale web-more=3 web1 web2 web3 web-more
+  COMPOSE_FILE=$COMPOSE_FILE:bench/small.yml compose_up --scale web-extra=3 web1 web2 web3 web-extra
   instances 6
   quick || warm_up "front:visit front:post" "${all[@]}"
   share_of_each "$SHARE"
@@ -89,56 +88,41 @@ by_instances() {
   done
 }
 
-# share_of_each SHARE: of a processor, for each instance that runs
+# share_of_each SHARE: of a CPU, for each running instance
 share_of_each() {
   local ids
-  mapfile -t ids < <(docker compose ps -q web1 web2 web3 web-more)
-  quiet docker update --cpu-quota "$(calc "$1 * 10000" 0)" "${ids[@]}"
+  mapfile -t ids < <(docker compose ps -q web1 web2 web3 web-extra)
+  quietly docker update --cpu-quota "$(calc "$1 * 10000" 0)" "${ids[@]}"
 }
 
 # scaled KIND NAME MORE FEWER FEWER_IN_WORDS WANTED
 scaled() {
   local ours=$WORK/by-$1-$3 theirs=$WORK/by-$1-$4
-  row 12 "$2, $3 instances of $SHARE processors" "$(median <"$ours")" /s "$5" "$(median <"$theirs")" \
+  row 12 "$2, $3 instances of $SHARE CPUs" "$(median <"$ours")" /s "$5" "$(median <"$theirs")" \
     "$(ratios "$ours" "$theirs")" least "$6"
 }
 
-# Process start to the first 200, the same classes and flags. It is asked as soon as it says that it listens: to ask all
-# the time would take the processor from it.
 start_time() {
+  local how seconds
   progress "14  start with and without the trained cache"
-  docker compose run --rm -T --no-deps -e DRAIN_MILLIS=0 -e INSTANCE_ID=start --entrypoint sh web1 -c '
-    uptime() { cut -d" " -f1 /proc/uptime; }
-    start() {
-      began=$(uptime)
-      { java/bin/java @java.options $2 Service & echo "process $!"; wait; } | while read -r line; do
-        case $line in
-          process*) process=${line#process } ;;
-          *listening*) until wget -q -O /dev/null http://127.0.0.1:9999/healthz; do :; done
-                       echo "$1 $began $(uptime)"; kill "$process" ;;
-        esac
-      done
-    }
-    start warm -Xshare:off >/dev/null
-    for round in $(seq '"$STARTS"'); do
-      start cache -XX:AOTCache=/opt/threefold/service.aot; start without -Xshare:off
-    done' 2>"$WORK/log" |
-    awk '{ print $1, $3 - $2 }' >"$WORK/starts" || { cat "$WORK/log" >&2; return 1; }
-  [ "$(wc -l <"$WORK/starts")" -eq $((STARTS * 2)) ] || { say "it did not start" >&2; cat "$WORK/log" >&2; return 1; }
-  while read -r how seconds; do keep run "14  start" "$how" "$seconds"; done <"$WORK/starts"
-  awk -v into="$WORK/start-" '{ print $2 >(into $1) }' "$WORK/starts"
+  start_seconds "cache=java/bin/java @java.options -XX:AOTCache=/opt/threefold/service.aot Service" \
+    "without=java/bin/java @java.options -Xshare:off Service"
+  while read -r how seconds; do
+    keep run "14  start" "$how" "$seconds"
+    printf '%s\n' "$seconds" >>"$WORK/start-$how"
+  done <"$WORK/starts"
   row 14 "process start to the first 200" "$(median <"$WORK/start-cache")" s "without the cache" \
     "$(median <"$WORK/start-without")" "$(ratios "$WORK/start-cache" "$WORK/start-without")" most 0.3
 }
 
-# How long it takes, and what visitors at half the top speed see in the first seconds after it.
+# The time of a rolling update, and the latency at half the top speed in the seconds after it.
 roll() {
   local unmetered=1 began seconds=$((LONG * 2)) top warm after
   progress "18  visits at half the top speed, before and after all three are replaced"
   top=$(rate front visit)
   warm=$(load front visit 64 "$seconds" "$(calc "$top / 2" 0)" | cut -d' ' -f4)
   began=$(now)
-  quiet scripts/rolling
+  quietly scripts/rolling
   row 15 "three instances replaced, one at a time" "$(calc "$(now) - $began" 1)" s "" "" "" most 45
   after=$(load front visit 64 "$seconds" "$(calc "$top / 2" 0)" | cut -d' ' -f4)
   row 18 "GET /, p99 in the $seconds s after that" "$after" ms "before it" "$warm" \
@@ -156,17 +140,14 @@ build_again() {
   (cd "$copy" && docker compose --progress plain build web1) >"$WORK/build" 2>&1 ||
     { tail -n 20 "$WORK/build" >&2; return 1; }
   row 15 "image built again after one changed line" "$(calc "$(now) - $began" 1)" s "" "" "" most 30
-  # What downloads is the step that asks JBang for the libraries; it has to come from the cache.
+  # The step that downloads the libraries has to come from the cache.
   step=$(sed -n 's/^\(#[0-9]*\) .*jbang info classpath.*/\1/p' "$WORK/build" | sed -n 1p)
   grep -q "^$step CACHED" "$WORK/build" && downloads=0 || downloads=1
   row 15 "  steps of it that download" $downloads "" "" "" "" most 0
 }
 
 from_up_to_rebuild() {
-  local size
   row 15 "up, from empty volumes to six healthy" "$(median <"$WORK/ups")" s "" "" "" most 12
-  # (Some folders are root's.)
-  size=$(docker run --rm --entrypoint du threefold-bench-web -skx / 2>/dev/null | cut -f1) || true
-  row 15 "image of the service, unpacked" "$(calc "$size / 1024" 1)" MB "" "" "" most 120
+  row 15 "image of the service, unpacked" "$(image_mb threefold-bench-web)" MB "" "" "" most 120
   if quick; then roll & build_again; wait $!; else roll; build_again; fi
 }

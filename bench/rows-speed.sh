@@ -1,8 +1,7 @@
-# shellcheck shell=bash disable=SC2034,SC2154 # `run` and these parts share their variables
-# Rows 1 to 10, 13, 16, 17 and 19: one function each, in the order in which they run. Sourced by `run`.
+# shellcheck shell=bash disable=SC2034,SC2154 # sourced by run, whose variables these are
+# Rows 1 to 10, 13, 16, 17 and 19: one function each, in the order in which they run.
 
-
-# Rows 16 and 17: fresh instances, each with a load of its own. What somebody sees who tries it right after the start.
+# Rows 16 and 17: each new instance has a load of its own, from its start on.
 first_seconds() {
   progress "the first $COLD s after the start"
   local unmetered=1 n=0 kind second rest
@@ -14,20 +13,20 @@ first_seconds() {
   done
 }
 
-# cold_rows NUMBER WHAT: beside the speed of a warm instance, in $ours
+# cold_rows NUMBER WHAT: compared to the speed of a warm instance, in $ours
 cold_rows() {
   local second=${first_second[$1]} ten=${first_ten[$1]}
   row 16 "$2, the first $COLD s after the start" "$ten" /s "warmed up" "$ours" "$(ratio "$ten" "$ours")" least 0.8
   row 17 "$2, the first second after the start" "$second" /s "warmed up" "$ours" "$(ratio "$second" "$ours")" least 0.45
 }
 
-compiled() {       # seconds that these instances' compilers have taken
+compiled() { # INSTANCE...: the CPU seconds of their compilers
   for name in "$@"; do docker exec "$COMPOSE_PROJECT_NAME-$name" wget -qO- http://127.0.0.1:9999/metrics; done |
     awk '/^jvm_compilation_time_seconds_total/ { sum += $2 } END { print sum + 0 }'
 }
 
-# warm_up LOADS INSTANCE...: these loads in turn until the instances' compilers rest: they take under 2 % of the time,
-# or WARM_MOST seconds are over. Sets `warmed`, in seconds, and `share`, what they took last.
+# warm_up LOADS INSTANCE...: these loads in turn until the compilers take less than 2 % of the time, or for WARM_MOST
+# seconds. Sets `warmed`, in seconds, and `share`, the compilers' last share.
 warm_up() {
   local began=$SECONDS before one round_began unmetered=1 loads=$1; shift
   while :; do
@@ -48,10 +47,10 @@ warm_up_three() {
   keep fact compilersPercentAtItsEnd "$share"
 }
 
-# in_status SERVICE FIELD: what the kernel says of its process 1, in KB
+# in_status SERVICE FIELD: of its process 1, in KB
 in_status() { box "$1" sed -n "s/^$2:[^0-9]*\\([0-9]*\\).*/\\1/p" /proc/1/status; }
 
-# Row 13, read right after that: a minute and more at top speed
+# Row 13, after a minute and more at top speed
 memory() {
   local n most=0 kb
   for n in 1 2 3; do
@@ -92,10 +91,10 @@ through_nginx() {
     least 0.6
 }
 
-# Rows 7 and 19. The plain blocking way is Blocking.java, warmed up like the others. With one client nothing can be
-# gathered into batches, and the two are near each other: so there are more runs, and shorter ones.
+# Rows 7 and 19. Blocking.java is the plain blocking way. With one client there are no batches, and the two are close:
+# so there are more runs, and shorter ones.
 one_client() {
-  quiet docker compose up --detach --wait --no-deps blocking
+  quietly docker compose up --detach --wait --no-deps blocking
   local unmetered=1
   load blocking post 64 $((LONG * 3)) >"$WORK/warm"; load blocking post 1 "$LONG" >"$WORK/warm"
   RUNS=$PAIRS compare "7  one client" "mean direct post 1 $PAGE" "mean blocking post 1 $PAGE"
@@ -107,10 +106,10 @@ one_client() {
   rate blocking healthz 64 $((LONG * 3)) >"$WORK/warm"
   compare "19 /healthz" "rate direct healthz" "rate blocking healthz"
   row 19 "GET /healthz, one instance" "$ours" /s "a bare handler" "$theirs" "$ratio" least 1
-  quiet docker compose rm --force --stop blocking
+  quietly docker compose rm --force --stop blocking
 }
 
-# paced KIND SHARE TOP: SHARE percent of TOP; adds requests a second, p50 and p99 in ms to what is known of it
+# paced KIND SHARE TOP: SHARE percent of TOP; stores requests a second, p50 and p99 in ms
 paced() {
   progress "8  $1 at $2 % of the top speed"
   load front "$1" 64 "$LONG" "$(calc "$3 * $2 / 100" 0)" | cut -d' ' -f1,3,4 >>"$WORK/paced-$1-$2"
@@ -118,7 +117,7 @@ paced() {
 paced_figures() { cut -d' ' -f"$3" "$WORK/paced-$1-$2"; }            # KIND SHARE COLUMN: 1 a second, 2 p50, 3 p99
 paced_median() { paced_figures "$@" | median; }
 
-# The top speed is measured anew before each run at half of it: minutes later it may be another one.
+# The top speed is measured before each run at half of it, since it changes within minutes.
 half_speed() {
   local kind share top round name p50 p99 others
   read -ra others <<<"$SHARES"
@@ -148,13 +147,13 @@ many_connections() {
   row 9 "POST, 1,000 connections" "$ours" /s "64 connections" "$theirs" "$ratio" least 0.8
 }
 
-# More than one instance can take: what it refuses has to say so, and it has to live.
+# More than one instance can serve: it rejects requests with 503, and does not die.
 overload() {
   progress "10  overload"
   local stored refused other broken peak state unmetered=1 seconds=$((LONG < 2 ? 2 : LONG))
   fill 1000
   # shellcheck disable=SC2016 # expanded in the container
-  box load-inner bash -c 'ulimit -n "$(ulimit -Hn)"; exec wrk "$@"' -- -t 2 -c 4000 -d "${seconds}s" --timeout 5s \
+  box load-backend bash -c 'ulimit -n "$(ulimit -Hn)"; exec wrk "$@"' -- -t 2 -c 4000 -d "${seconds}s" --timeout 5s \
     -s /bench/load.lua http://web1:9999/api/messages -- overload "$TEXT" >"$WORK/wrk"
   read -r _ stored refused other broken < <(grep '^wrk' "$WORK/wrk")
   keep fact overloadStored "$stored"; keep fact overloadRefused "$refused"
@@ -166,5 +165,5 @@ overload() {
   row 10 "  the most memory it ever had, of 192 MB" "$(calc "$peak / 1024" 1)" MB "" "" "" most 192
   state=$(docker inspect --format '{{.State.OOMKilled}} {{.RestartCount}}' "$COMPOSE_PROJECT_NAME-web1-1")
   [ "$state" = "false 0" ] || say "overload: the instance was killed or restarted ($state)" >&2
-  load direct newest 1 1 >"$WORK/warm"       # until it has ebbed away
+  load direct newest 1 1 >"$WORK/warm" # until the overload is over
 }

@@ -28,7 +28,7 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * The servers belong to this process and not to the instance, which has to have the image's class path and no more.
  */
 public final class Train {
-    private static final int CONNECTIONS = 32, VIEWERS = 8, ROUNDS = 3, OFTEN = 3;
+    private static final int CONNECTIONS = 32, SUBSCRIBERS = 8, ROUNDS = 3, OFTEN = 3;
     private static final String JSON = "application/json", FORM = "application/x-www-form-urlencoded";
     private static final String HTML = "text/html";
     private static final String MESSAGE = "{\"author\":\"Ada\",\"body\":\"Many small weights, \u00fc, \u2603, one.\"}";
@@ -75,16 +75,15 @@ public final class Train {
     private static final AtomicLong SENT = new AtomicLong();
 
     public static void main(String[] command) throws Exception {
-        Embedded servers = new Embedded(Config.from(Map.of("DATA_DIR", Files.createTempDirectory("train") + "/data")));
+        Map<String, String> environment = Map.of("DATA_DIR", Files.createTempDirectory("train") + "/data");
+        Embedded servers = new Embedded(Config.from(environment));
         try {
-            Config config = servers.start();
+            Map<String, String> stores = servers.start(environment);
             int port = freePort();
             ProcessBuilder builder = new ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT)
-                    .redirectOutput(ProcessBuilder.Redirect.DISCARD); // a line for each refused request
-            builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train", "DRAIN_MILLIS", "0",
-                    "DB_HOST", "" + config.postgres().hosts().getFirst(), "DB_NAME", "postgres", "DB_USER", "postgres",
-                    "DB_PASS", config.postgres().pass().value(),
-                    "REDIS_HOST", "" + config.redis().hosts().getFirst(), "REDIS_PASS", config.redis().pass().value()));
+                    .redirectOutput(ProcessBuilder.Redirect.DISCARD); // a line for each rejected request
+            builder.environment().putAll(stores);
+            builder.environment().putAll(Map.of("PORT", "" + port, "INSTANCE_ID", "train"));
             Process instance = builder.start();
             try {
                 load(port);
@@ -111,7 +110,7 @@ public final class Train {
         List<Ask> round = new ArrayList<>();
         for (int time = 0; time < OFTEN; time++)
             for (Ask ask : ASKS) if (time < ask.times) round.add(ask);
-        for (int i = 0; i < VIEWERS; i++) watch(port, i % 2 == 0 ? "" : "?after=0");
+        for (int i = 0; i < SUBSCRIBERS; i++) watch(port, i % 2 == 0 ? "" : "?after=0");
         long began = System.nanoTime();
         try (ExecutorService threads = Executors.newFixedThreadPool(CONNECTIONS)) {
             List<Future<?>> all = new ArrayList<>();
@@ -143,11 +142,11 @@ public final class Train {
 
     /** Somebody who watches until the instance stops; a thread of its own takes what comes. */
     private static void watch(int port, String query) throws IOException {
-        Connection viewer = new Connection(port);
-        viewer.socket.getOutputStream()
+        Connection subscriber = new Connection(port);
+        subscriber.socket.getOutputStream()
                 .write(new Ask(1, 200, "GET", "/api/events" + query, "", "Accept", "text/event-stream").bytes());
         Thread.ofPlatform().daemon().start(() -> {
-            try (viewer) { viewer.in.transferTo(OutputStream.nullOutputStream()); }
+            try (subscriber) { subscriber.in.transferTo(OutputStream.nullOutputStream()); }
             catch (IOException end) { /* it stopped */ }
         });
     }

@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# --- What the caller's shell exports changes no command's meaning; then the settings in .env are known ---------------
+# What the caller's shell exports changes no command's meaning; the settings in .env are known.
 unset CDPATH GREP_OPTIONS POSIXLY_CORRECT
 set +o posix +o noclobber
-# Numbers have a point, names have one order, i and I are one letter. (macOS has no C.UTF-8.)
+# Numbers have a decimal point, and i and I are one letter. macOS has no C.UTF-8.
 for language in C.UTF-8 en_US.UTF-8 C; do
-  # shellcheck disable=SC2030,SC2031 # tried in a shell of its own
+  # shellcheck disable=SC2030,SC2031 # tried in a subshell
   [ -n "$( (LC_ALL=$language) 2>&1)" ] || break
 done
 # shellcheck disable=SC2030,SC2031
 export LC_ALL=$language
 unset language
 
-# Sets what the file .env sets and the environment does not. Compose alone reads the file. What is set here stays in
-# this shell, so that for a container Compose takes the value from the file, in whatever form it stands there.
+# Sets what .env sets and the environment does not. Compose reads the file. The variables are not exported, since a
+# container gets them from Compose.
 dot_env() {
   local line name settings top
   top=$(dirname "${BASH_SOURCE[0]}")/..
@@ -25,4 +25,4 @@ dot_env() {
     printf -v "$name" %s "${line#*=}"
   done <<<"$settings"
 }
-dot_env
+[ "${SETTINGS:-}" = none ] || dot_env

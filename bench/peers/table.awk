@@ -105,7 +105,7 @@ END {
       short(median(ids[r] " start")) " | " thousands(median(ids[r] " image")) " |"
   }
   print ""
-  print "Microseconds of processor a request: instances / nginx / Redis / PostgreSQL:"
+  print "Microseconds of CPU time a request: instances / nginx / Redis / PostgreSQL:"
   print ""
   print "| | GET / | POST | newest 20 | /healthz |"
   print "| --- | --- | --- | --- | --- |"

@@ -1,929 +1,675 @@
+import com.sun.net.httpserver.HttpExchange;
+import com.sun.net.httpserver.HttpServer;
+
 import java.io.BufferedInputStream;
-import java.io.BufferedReader;
-import java.io.ByteArrayOutputStream;
 import java.io.EOFException;
 import java.io.IOException;
 import java.io.InputStream;
-import java.io.InputStreamReader;
-import java.net.ConnectException;
 import java.net.InetAddress;
 import java.net.InetSocketAddress;
-import java.net.NoRouteToHostException;
-import java.net.ServerSocket;
 import java.net.Socket;
 import java.net.SocketTimeoutException;
-import java.net.UnknownHostException;
 import java.security.Security;
 import java.time.LocalTime;
-import java.time.temporal.ChronoUnit;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.Queue;
+import java.util.Scanner;
 import java.util.Set;
 import java.util.TreeMap;
+import java.util.TreeSet;
 import java.util.concurrent.ConcurrentHashMap;
-import java.util.concurrent.ConcurrentSkipListMap;
+import java.util.concurrent.ConcurrentLinkedQueue;
+import java.util.concurrent.ExecutorService;
+import java.util.concurrent.Executors;
+import java.util.concurrent.Future;
 import java.util.concurrent.atomic.AtomicInteger;
+import java.util.function.IntConsumer;
+import java.util.function.Predicate;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
+import java.util.stream.IntStream;
+import java.util.stream.LongStream;
+import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.UTF_8;
+import static java.util.stream.Collectors.counting;
+import static java.util.stream.Collectors.groupingBy;
+import static java.util.stream.Collectors.joining;
 
 /**
- * The clients of tests/stack/failover. They load the stack through nginx while its parts stop, die and hang; know of
- * every request whether it was answered, refused or left open; and read everything back at the end, as Jepsen does:
+ * The clients that load the stack through nginx while its parts stop, die and hang. They record each attempt of each
+ * request in a history. At the end they compare the history with the stored messages and the counter, as Jepsen does:
  *
  * <pre>
- *   lost        acknowledged, and not there at the end, or there with another id
+ *   failed      answered without 2xx, or with other content
+ *   lost        acknowledged, but not stored, or stored under another id
  *   doubled     one text stored twice
- *   unexpected  there, though no client of this run ever sent it
- *   unknown     sent and not answered: may be there or not, but once at most
+ *   unexpected  stored, but never sent by a client of this run
+ *   ids         one id of two messages
+ *   counting    a visit number that repeats or decreases, or a total that does not fit
+ *   unknown     sent without an answer: stored once, or not at all
  * </pre>
  *
- * {@code java LoadClients.java HOST PORT RUN} reads commands from standard input (see {@link #command}) and ends with
- * it; each is answered by lines and then a line with a dot. JDK 21 and nothing else. Plain blocking sockets and a
- * thread a client, because an HTTP library would repeat requests and replace connections without telling.
+ * {@code java LoadClients.java HOST PORT RUN} reads commands from standard input (see {@link #command}) until it ends.
+ * The output of a command is a line of {@code name=value} words, a line for each finding, and a line with a dot.
+ * The program needs JDK 21 and no library.
  */
 public final class LoadClients {
-
-    // ------------------------------------------------------------------------------------------- Entry point
 
     public static void main(String[] args) throws Exception {
         Security.setProperty("networkaddress.cache.ttl", "0"); // nginx may come back with another address
         Security.setProperty("networkaddress.cache.negative.ttl", "0");
-        LoadClients load = new LoadClients(args[0], Integer.parseInt(args[1]), args[2]);
-        BufferedReader commands = new BufferedReader(new InputStreamReader(System.in, UTF_8));
-        for (String line; (line = commands.readLine()) != null; ) {
-            String answer;
+        LoadClients clients = new LoadClients(args[0], Integer.parseInt(args[1]), args[2]);
+        for (Scanner commands = new Scanner(System.in, UTF_8); commands.hasNextLine(); ) {
+            Report report = new Report();
             try {
-                answer = load.command(line.split(" "));
+                clients.command(commands.nextLine().split(" "), report);
             } catch (IOException e) {
-                answer = "error=1\n- the clients could not go on: " + e;
+                report.findings("error", Stream.of(e));
             }
-            System.out.println(answer + "\n.");
+            System.out.println(report + "\n.");
         }
     }
 
-    private String command(String[] words) throws Exception {
-        return switch (words[0]) {
-            case "hello"       -> "hello";
-            case "via"         -> via(words);           // from now on through these hosts
+    private void command(String[] words, Report report) throws Exception {
+        switch (words[0]) {
+            case "hello"       -> report.value("run", run);
+            case "via"         -> setHosts(List.of(words).subList(1, words.length));
             case "start"       -> start(words[1], Mode.valueOf(words[2]));
-            case "mark"        -> mark();               // what was broken is well again: measure from here
-            case "seen"        -> "instances=" + tally.answeredSince(now() - 1_000);
-            case "count"       -> "acknowledged=" + tally.acknowledged(); // what nobody may lose, so far
-            case "others"      -> others(Integer.parseInt(words[1])); // so many visits are not ours
-            case "stop"        -> stop();
-            case "everything"  -> everything();         // what the whole run stored, read back once more
-            case "direct"      -> direct(words[1]);     // ask an instance without nginx, while it leaves
-            case "direct-stop" -> directStop();
-            case "flood"       -> flood(Integer.parseInt(words[1]));
-            case "flood-stop"  -> floodStop();
-            case "slow"        -> slow(Integer.parseInt(words[1]));
-            case "slow-stop"   -> slowStop();
-            case "hang-up"     -> hangUp(Integer.parseInt(words[1]));
-            case "forwarded"   -> forwarded();          // what an instance is told about a client that lies
+            case "mark"        -> current.repaired = now(); // the recovery time counts from here
+            case "seen"        -> report.value("instances", current.instancesSince(now() - 1_000));
+            case "count"       -> report.value("acknowledged", current.count(attempt -> attempt.number > 0));
+            case "others"      -> current.otherVisits += Integer.parseInt(words[1]);
+            case "flood"       -> load.add(Integer.parseInt(words[1]), number -> new Client(number).flood());
+            case "stop"        -> stop(report);
+            case "everything"  -> checkEverything(report);
+            case "direct"      -> startDirect(words[1]);
+            case "direct-stop" -> stopDirect(report);
+            case "disconnect"  -> disconnect(Integer.parseInt(words[1]), report);
+            case "spoof"       -> spoof(report);
             default -> throw new IllegalArgumentException(words[0]);
-        };
+        }
     }
 
-    // -------------------------------------------------------------------------------------------------- Setup
+    /** The output of a command. */
+    private static final class Report {
+        private final List<String> values = new ArrayList<>(), lines = new ArrayList<>();
+
+        void value(String name, Object value) { values.add(name + "=" + value); }
+
+        /** The number of findings, and the first five of them. */
+        void findings(String name, Stream<?> findings) {
+            List<?> all = findings.toList();
+            value(name, all.size());
+            all.stream().limit(5).forEach(finding -> lines.add("\n- " + name + ": " + finding));
+        }
+
+        @Override public String toString() { return String.join(" ", values) + String.join("", lines); }
+    }
+
+    private static String expected(Object expected, Object seen) { return "expected " + expected + ", saw " + seen; }
+
+    // ---------------------------------------------------------------------------------------------------- Load
 
     /** A dozen clients with a request each 30 ms: 400 a second. */
     private static final int CLIENTS = 12, PERIOD_MILLIS = 30;
-    /** How long a client waits for one answer, and how long it goes on repeating one request. */
-    private static final int READ_MILLIS = 10_000, PATIENCE_MILLIS = Integer.getInteger("patience", 20) * 1_000;
+    private static final int RESPONSE_MILLIS = 10_000, SHORT_CONNECT_MILLIS = 1_000;
+    private static final int RETRY_MILLIS = Integer.getInteger("patience", 20) * 1_000;
     private static final String AUTHOR = "test-failover";
-    /** Outside ASCII, so that text damaged on the way is text lost. */
-    private static final String TAIL = " \u00fc\u2603";
 
-    /** What the clients do about a request that fails. */
-    enum Mode {
-        /** Nothing, and every failure counts: a planned change needs no repeat at all. */
+    /** The reaction of the clients to a request that fails. */
+    private enum Mode {
+        /** No retry, and every failure is a finding. */
         planned,
-        /** The same; but an instance may have died or hung after counting a visit whose answer it never gave. */
+        /** No retry either. An instance may count a visit and die before it responds. */
         once,
-        /** They repeat it, under the same Idempotency-Key; one in four has no key and leaves it at that. */
-        repeat
+        /** Retries with the same Idempotency-Key. One client in four sends no key and does not retry. */
+        retry
     }
 
-    private final String run;
     private final int port;
-    private String host;              // or several, joined by commas: who finds one closed takes the next
-    private List<String> sides;       // what `host` is for the first client, for the second, and so on in turns
-    private final Ledger ledger = new Ledger();
-    private final List<Client> clients = new ArrayList<>();
-    private final StallWatch stalls = new StallWatch();
-    private Tally tally;
+    private final String run;
+    private final Set<String> attempted = ConcurrentHashMap.newKeySet(); // texts
+    private final Queue<Stored> acknowledged = new ConcurrentLinkedQueue<>();
+    private final TreeSet<Long> visits = new TreeSet<>();
+    private List<List<String>> sides;
+    private Workers load;
+    private Case current;
     private int cases;
-    private long newestBefore, visitsBefore;
-    private volatile boolean running;
 
     private LoadClients(String host, int port, String run) {
-        this.host = host;
-        this.sides = List.of(host);
         this.port = port;
         this.run = run;
-        stalls.start();
+        setHosts(List.of(host));
+        Thread.ofPlatform().daemon().start(this::watchStalls);
     }
 
-    /** Hosts, joined by commas, or several such lists: then each client belongs to one side. */
-    private String via(String[] words) {
-        sides = List.of(words).subList(1, words.length);
-        host = sides.getFirst();
-        return "via=" + host;
-    }
+    /** Clients alternate between the sides of a partition, and after a failure between the hosts of their side. */
+    private void setHosts(List<String> words) { sides = words.stream().map(side -> List.of(side.split(","))).toList(); }
 
-    // --------------------------------------------------------------------------------------------------- Load
-
-    private String start(String name, Mode mode) throws Exception {
-        newestBefore = newestId();
-        visitsBefore = visitsTotal();
-        stalls.longest = 0;
-        tally = new Tally(name + "." + ++cases, mode); // a case may be run twice
-        running = true;
-        clients.clear();
-        for (int i = 0; i < CLIENTS; i++) clients.add(new Client(i));
-        clients.forEach(Thread::start);
+    private void start(String name, Mode mode) throws Exception {
+        current = new Case(name + "." + ++cases, mode);
+        longestStall = 0;
+        load = new Workers();
+        load.add(CLIENTS, number -> new Client(number).run());
         awaitAnswers();
-        return "started";
     }
 
-    /** A second of load, or on a busy machine as much load as that; not for ever, if there are no answers. */
+    /** A second of load, or the same number of good answers on a busy machine. */
     private void awaitAnswers() {
-        int enough = tally.good() + CLIENTS * 1_000 / PERIOD_MILLIS;
-        for (long giveUp = now() + READ_MILLIS; tally.good() < enough && now() < giveUp; ) pause(20);
+        long enough = current.count(Attempt::isGood) + CLIENTS * 1_000 / PERIOD_MILLIS;
+        long giveUp = now() + RESPONSE_MILLIS;
+        while (current.count(Attempt::isGood) < enough && now() < giveUp) pause(50);
     }
 
-    private String mark() {
-        tally.marked = now();
-        return "marked";
-    }
-
-    private String others(int visits) {
-        tally.visitsOfOthers += visits;
-        return "others=" + tally.visitsOfOthers;
-    }
-
-    /** Ends the load, reads back what it stored, and says how it went: `name=value` words, then details. */
-    private String stop() throws Exception {
+    private void stop(Report report) throws Exception {
         awaitAnswers();
-        running = false;
-        for (Client client : clients) client.join();
-        tally.ended = now();
-        String how = tally.report() + " stall=" + stalls.longest;
-        try {
-            Findings findings = ledger.compare(tally.name + "/", readBack(newestBefore));
-            findings.counting.addAll(countingErrors(visitsTotal()));
-            return how + " " + findings.report() + tally.details() + findings.details();
-        } catch (IOException e) {
-            return how + " lost=? doubled=?" + tally.details() + "\n- what was stored can't be read back: "
-                    + e.getMessage();
-        }
-    }
-
-    private String everything() throws IOException {
-        Findings findings = ledger.compare("", readBack(ledger.oldest()));
-        return "messages=" + ledger.acknowledged.size() + " unknown=" + ledger.unknown() + " "
-                + findings.report() + findings.details();
-    }
-
-    /** The counter lies between what was acknowledged and what was tried, and is not lower than anyone was told. */
-    private List<String> countingErrors(long total) {
-        List<String> errors = new ArrayList<>(tally.countingErrors);
-        long counted = total - visitsBefore;
-        // A visit that an instance counted before it died is counted again by the next one that nginx asks: at each
-        // moment a client has one request under way, and no case breaks instances more than three times.
-        int countedTwice = tally.mode == Mode.planned ? 0 : 3 * CLIENTS;
-        if (counted < tally.visitsTold) errors.add(counted + " visits counted, " + tally.visitsTold + " acknowledged");
-        if (counted > tally.visitsTried + tally.visitsOfOthers + countedTwice)
-            errors.add(counted + " visits counted, " + (tally.visitsTried + tally.visitsOfOthers) + " attempted");
-        if (total < ledger.highestVisit) errors.add("total " + total + ", a client was told " + ledger.highestVisit);
-        return errors;
+        load.stop();
+        current.ended = now();
+        current.summarize(report);
+        report.value("stall", longestStall);
+        compare(report, current.name + "/", readBack(current.newestBefore));
+        report.findings("counting", current.countingErrors(totalVisits()).stream());
     }
 
     /** One user: a keep-alive connection, and one request after the other. */
-    private final class Client extends Thread {
+    private final class Client {
         private final int number;
-        private final boolean keyless, repeats;
+        private final boolean keyless;
         private final Connection connection;
-        private long lastVisit, ownMessage;
-        private String ownText;
+        private Stored own;
 
         Client(int number) {
             this.number = number;
-            // Without repeats every second client has no key; with them every fourth, and that one doesn't repeat.
-            keyless = number % (tally.mode == Mode.repeat ? 4 : 2) == 1;
-            repeats = tally.mode == Mode.repeat && !keyless;
-            int connectMillis = tally.mode == Mode.repeat || host.contains(",") ? 1_000 : READ_MILLIS;
-            connection = new Connection(sides.get(number % sides.size()), port, connectMillis);
+            keyless = number % (current.mode == Mode.retry ? 4 : 2) == 1;
+            List<String> hosts = sides.get(number % sides.size());
+            boolean nextIsBetter = current.mode == Mode.retry || hosts.size() > 1;
+            connection = new Connection(hosts, number / sides.size(),
+                    nextIsBetter ? SHORT_CONNECT_MILLIS : RESPONSE_MILLIS);
         }
 
-        @Override public void run() {
+        void run() {
             pause(number * PERIOD_MILLIS / CLIENTS);
-            for (int n = 0; running; n++) {
+            for (int n = 0; load.running; n++) {
                 long next = now() + PERIOD_MILLIS;
-                switch (n % 6) {
-                    case 0, 3 -> post(n);
-                    case 1, 4 -> visit("application/json", VISIT_JSON);
-                    case 2 -> send(new Request("GET", "/api/messages?limit=20"));
-                    default -> { if (n % 12 == 5) visit("text/html", VISIT_HTML); else readOwn(); }
+                switch (n % 12) {
+                    case 0, 3, 6, 9  -> post(n);
+                    case 1, 4, 7, 10 -> send(Kind.VISIT, get("/", "Accept: application/json"));
+                    case 2, 8        -> send(Kind.READ, get("/api/messages?limit=20"));
+                    case 5           -> send(Kind.PAGE, get("/", "Accept: text/html"));
+                    default          -> readOwn();
                 }
                 pause(next - now());
             }
             connection.close();
         }
 
+        void flood() {
+            while (load.running) send(Kind.FLOOD, get("/healthz"));
+            connection.close();
+        }
+
         private void post(int n) {
-            String text = run + "/" + tally.name + "/" + number + "-" + n + TAIL;
-            ledger.attempted.add(text);
-            Request request = new Request("POST", "/api/messages").header("Content-Type", "application/json")
-                    .body("{\"author\":\"" + AUTHOR + "\",\"body\":\"" + text + "\"}");
-            if (!keyless) request.header("Idempotency-Key", run + "." + tally.name + "." + number + "." + n);
-            Answer answer = send(request);
-            if (answer == null) return;
-            Matcher stored = STORED.matcher(answer.body);
-            if (!stored.find() || !stored.group(2).equals(text)) {
-                tally.failed(request, "answered with another message: " + answer.body);
-                return;
-            }
-            tally.messageStored();
-            ownMessage = Long.parseLong(stored.group(1));
-            ownText = text;
-            ledger.acknowledged.put(text, ownMessage);
+            String text = newText(current.name, number + "-" + n);
+            String key = "Idempotency-Key: " + run + "." + current.name + "." + number + "." + n;
+            Answer answer = send(Kind.POST, keyless ? message(text) : message(text, key));
+            if (!answer.isGood()) return;
+            Stored stored = stored(answer.body).findFirst().orElse(null);
+            if (stored != null && stored.text.equals(text)) acknowledged.add(own = stored);
+            else current.failures.add("POST: " + expected(text, answer.body));
         }
 
-        /** What was acknowledged can be read at once, whichever instance stored it and whichever is asked. */
+        /** An acknowledged message can be read at once from any instance. */
         private void readOwn() {
-            if (ownText == null) return;
-            Request request = new Request("GET", "/api/messages/" + ownMessage);
-            Answer answer = send(request);
-            if (answer != null && !answer.body.contains('"' + ownText + '"'))
-                tally.failed(request, "expected \"" + ownText + "\", saw " + answer.body);
+            if (own == null) return;
+            Answer answer = send(Kind.READ, get("/api/messages/" + own.id));
+            if (answer.isGood() && !stored(answer.body).toList().equals(List.of(own)))
+                current.failures.add("READ: " + expected(own, answer.body));
         }
 
-        private void visit(String accept, Pattern number) {
-            Answer answer = send(new Request("GET", "/").header("Accept", accept));
-            Matcher told = answer == null ? null : number.matcher(answer.body);
-            if (told == null || !told.find()) return;
-            long visit = Long.parseLong(told.group(1));
-            tally.visitTold();
-            if (visit <= lastVisit) tally.countingError("visit " + visit + " came after " + lastVisit);
-            if (!ledger.visit(visit)) tally.countingError("visit " + visit + " was told twice");
-            lastVisit = visit;
-        }
-
-        /** @return the answer if it was a good one, else null; without repeats (see Mode) after one try */
-        private Answer send(Request request) {
-            long giveUp = now() + PATIENCE_MILLIS;
+        /** @return the last answer, after retries as {@link Mode} allows them */
+        private Answer send(Kind kind, String request) {
+            long giveUp = now() + RETRY_MILLIS;
             for (int wait = 50; ; wait = Math.min(400, 2 * wait)) {
-                Attempt attempt = attempt(request);
-                if (attempt.isGood()) return attempt.answer;
-                if (!repeats || !attempt.mayBeRepeated() || now() > giveUp) {
-                    if (!keyless || tally.mode != Mode.repeat || !attempt.mayBeRepeated())
-                        tally.failed(request, attempt.toString());
-                    return null;
+                Answer answer = attempt(kind, request);
+                boolean mayRetry = current.mode == Mode.retry && answer.isTemporary();
+                if (answer.isGood() || mayRetry && keyless) return answer;
+                if (!mayRetry || now() > giveUp) {
+                    current.failures.add(kind + ": " + expected("2xx", answer));
+                    return answer;
                 }
                 pause(wait);
             }
         }
 
-        private Attempt attempt(Request request) {
+        private Answer attempt(Kind kind, String request) {
             long began = now();
-            Attempt attempt;
-            try {
-                attempt = new Attempt(connection.exchange(request), null, began, now());
-            } catch (IOException e) {
-                connection.close();
-                attempt = new Attempt(null, e, began, now());
-            }
-            tally.add(request, attempt);
-            if (attempt.isUnkind()) tally.failed(request, attempt + " (it does not say when to come again)");
-            return attempt;
+            Answer answer = connection.exchange(request);
+            current.history.add(new Attempt(number, kind, began, now(), answer.outcome, answer.instance(),
+                    answer.isGood() ? kind.number(answer.body) : 0));
+            if (Set.of("503", "429").contains(answer.outcome) && !answer.headers.containsKey("retry-after"))
+                current.failures.add(kind + ": " + expected("Retry-After", answer));
+            return answer;
         }
     }
 
-    private static final Pattern STORED = Pattern.compile(
-            "\"id\":(\\d+),\"author\":\"" + AUTHOR + "\",\"body\":\"([^\"\\\\]*)\"");
-    private static final Pattern VISIT_JSON = Pattern.compile("\"visits\":(\\d+)");
-    private static final Pattern VISIT_HTML = Pattern.compile("id=\"visit\">Visit (\\d+)<");
+    /** The end of a text is outside ASCII, so that a text that is damaged on its way counts as lost. */
+    private String newText(String group, String number) {
+        String text = run + "/" + group + "/" + number + " \u00fc\u2603";
+        attempted.add(text);
+        return text;
+    }
 
-    /** One try of one request: an answer, or why there is none. */
-    private record Attempt(Answer answer, IOException failure, long began, long ended) {
-        boolean isGood() { return answer != null && answer.status / 100 == 2; }
+    // ------------------------------------------------------------------------------------------------- History
 
-        /** A 4xx will be the same the next time, and 500 is not an answer to anything. */
-        boolean mayBeRepeated() { return answer == null || answer.status >= 502 && answer.status <= 504; }
+    /** The kind of a request, and the number in its answer: the id of a message, or the number of a visit. */
+    private enum Kind {
+        POST("\"id\":(\\d+)"), VISIT("\"visits\":(\\d+)"), PAGE("id=\"visit\">\\D*([\\d,]+)<"),
+        READ("(?!)"), FLOOD("(?!)"); // none
 
-        /** Refused for now, and not told for how long. */
-        boolean isUnkind() {
-            return answer != null && (answer.status == 503 || answer.status == 429)
-                    && answer.header("retry-after").equals("(none)");
-        }
+        private final Pattern number;
 
-        /** Good, but a part of it is missing: Redis is away, the visit was not counted. */
-        boolean isDegraded() { return isGood() && answer.body.endsWith("\"visits\":null}"); }
+        Kind(String number) { this.number = Pattern.compile(number); }
 
-        String outcome() {
-            if (answer != null) return Integer.toString(answer.status);
-            if (failure instanceof SocketTimeoutException) return "time-out";
-            if (failure instanceof UnknownHostException || failure instanceof ConnectException
-                    || failure instanceof NoRouteToHostException) return "refused";
-            return "cut";
-        }
-
-        @Override public String toString() {
-            String time = LocalTime.now().truncatedTo(ChronoUnit.MILLIS) + " after " + (ended - began) + " ms: ";
-            return time + (answer == null ? failure.toString() : answer.status + " from "
-                    + answer.header("x-instance-id")
-                    + ", request " + answer.header("x-request-id") + " " + answer.body.lines().findFirst().orElse(""));
+        /** @return 0 if there is none */
+        long number(String body) {
+            Matcher found = number.matcher(body);
+            return found.find() ? Long.parseLong(found.group(1).replace(",", "")) : 0;
         }
     }
 
-    // ----------------------------------------------------------------------------------------------- Evidence
+    private record Attempt(int client, Kind kind, long began, long ended, String outcome, String instance,
+            long number) {
+        boolean isAnswered() { return Character.isDigit(outcome.charAt(0)); }
+        boolean isGood() { return outcome.startsWith("2"); }
+        boolean isVisit() { return kind == Kind.VISIT || kind == Kind.PAGE; }
+        boolean isCounted() { return isVisit() && number > 0; }
+        /** Failed, or a visit without a number because Redis is unavailable. */
+        boolean isDegraded() { return !isGood() || isVisit() && !isCounted(); }
+    }
 
-    /** What happened during one case, as the clients saw it. */
-    private static final class Tally {
+    /** What happened between `start` and `stop`. */
+    private final class Case {
         final String name;
         final Mode mode;
-        private final Map<String, Integer> outcomes = new TreeMap<>();
-        private final Map<String, Long> lastAnswerOf = new TreeMap<>();
-        private final List<String> failures = new ArrayList<>(), countingErrors = new ArrayList<>();
-        private final long began = now();
-        private int posts, visits, reads, good, stored;
-        private long slowest, lastGood = began, longestGap, lastBad;
-        private long lastStored = began, withoutStoring, lastTold = began, withoutCounting;
-        int visitsTried, visitsTold, visitsOfOthers;
-        volatile long marked = Long.MAX_VALUE;
-        long ended;
+        final long newestBefore, visitsBefore, began = now();
+        final Queue<Attempt> history = new ConcurrentLinkedQueue<>();
+        final Queue<String> failures = new ConcurrentLinkedQueue<>();
+        int otherVisits;
+        long repaired, ended;
 
-        Tally(String name, Mode mode) {
+        Case(String name, Mode mode) throws IOException {
             this.name = name;
             this.mode = mode;
+            newestBefore = Kind.POST.number(read("/api/messages?limit=1")); // the first id is the highest
+            visitsBefore = totalVisits();
         }
 
-        synchronized void add(Request request, Attempt attempt) {
-            if (request.method.equals("POST")) posts++;
-            else if (request.path.equals("/")) visits++;
-            else reads++;
-            visitsTried = visits;
-            outcomes.merge(attempt.outcome(), 1, Integer::sum);
-            if (attempt.answer != null) {
-                slowest = Math.max(slowest, attempt.ended - attempt.began);
-                lastAnswerOf.put(attempt.answer.header("x-instance-id"), attempt.ended);
+        long count(Predicate<Attempt> which) { return history.stream().filter(which).count(); }
+
+        long instancesSince(long time) {
+            return history.stream().filter(attempt -> attempt.isAnswered() && attempt.ended >= time)
+                    .map(Attempt::instance).distinct().count();
+        }
+
+        void summarize(Report report) {
+            report.value("sent", history.size());
+            report.value("posts", count(attempt -> attempt.kind == Kind.POST));
+            report.value("visits", count(Attempt::isVisit));
+            report.value("reads", count(attempt -> attempt.kind == Kind.READ));
+            report.value("flood", count(attempt -> attempt.kind == Kind.FLOOD));
+            report.value("rate", history.size() * 1_000L / Math.max(1, ended - began));
+            report.value("outcomes", history.stream().collect(groupingBy(Attempt::outcome, TreeMap::new, counting()))
+                    .toString().replaceAll("[{} ]", "").replace('=', ':'));
+            report.findings("failed", failures.stream());
+            report.value("slowest", history.stream().filter(Attempt::isAnswered)
+                    .mapToLong(attempt -> attempt.ended - attempt.began).max().orElse(0));
+            report.value("gap", longestWithout(Attempt::isGood));
+            report.value("without-storing", longestWithout(attempt -> attempt.kind == Kind.POST && attempt.number > 0));
+            report.value("without-counting", longestWithout(Attempt::isCounted));
+            if (repaired > 0) report.value("back", recoveryMillis());
+        }
+
+        private LongStream times(Predicate<Attempt> which) {
+            return history.stream().filter(which).mapToLong(Attempt::ended);
+        }
+
+        private long longestWithout(Predicate<Attempt> which) {
+            long longest = 0, last = began;
+            for (long time : LongStream.concat(times(which), LongStream.of(ended)).sorted().toArray()) {
+                longest = Math.max(longest, time - last);
+                last = time;
             }
-            if (attempt.isGood()) {
-                good++;
-                longestGap = Math.max(longestGap, attempt.ended - lastGood);
-                lastGood = attempt.ended;
-            }
-            if (!attempt.isGood() || attempt.isDegraded()) lastBad = attempt.ended;
+            return longest;
         }
 
-        synchronized int good() { return good; }
-        synchronized int acknowledged() { return stored + visitsTold; }
-
-        synchronized void messageStored() {
-            stored++;
-            withoutStoring = Math.max(withoutStoring, now() - lastStored);
-            lastStored = now();
-        }
-        synchronized void failed(Request request, String how) { failures.add(request + " at " + how); }
-        synchronized void visitTold() {
-            visitsTold++;
-            withoutCounting = Math.max(withoutCounting, now() - lastTold);
-            lastTold = now();
+        /** From the repair to the last failure, or to the end if no good answer came after it. */
+        private long recoveryMillis() {
+            long lastGood = times(Attempt::isGood).max().orElse(0);
+            long lastBad = times(Attempt::isDegraded).max().orElse(0);
+            return lastGood < Math.max(repaired, lastBad) ? ended - repaired : Math.max(0, lastBad - repaired);
         }
 
-        synchronized void countingError(String error) { countingErrors.add(error); }
-
-        /** How many different instances did. */
-        synchronized long answeredSince(long time) {
-            return lastAnswerOf.values().stream().filter(last -> last >= time).count();
-        }
-
-        /** `back`: from the mark until the last request that was still refused; the end, if none was good after it. */
-        synchronized String report() {
-            long back = lastGood < marked || lastGood < lastBad ? ended - marked : Math.max(0, lastBad - marked);
-            String answers = outcomes.toString().replaceAll("[{} ]", "").replace('=', ':');
-            return "sent=" + (posts + visits + reads) + " posts=" + posts + " visits=" + visits + " reads=" + reads
-                    + " rate=" + (posts + visits + reads) * 1000L / Math.max(1, ended - began)
-                    + " outcomes=" + answers + " failed=" + failures.size() + " slowest=" + slowest
-                    + " gap=" + Math.max(longestGap, ended - lastGood)
-                    + " without-storing=" + Math.max(withoutStoring, ended - lastStored)
-                    + " without-counting=" + Math.max(withoutCounting, ended - lastTold)
-                    + (marked > ended ? "" : " back=" + back);
-        }
-
-        String details() { return Findings.lines("failed", failures); }
-    }
-
-    /** What was sent and acknowledged in the whole run, by all clients. */
-    private static final class Ledger {
-        final Set<String> attempted = ConcurrentHashMap.newKeySet();
-        final Map<String, Long> acknowledged = new ConcurrentSkipListMap<>();
-        private final Set<Long> visitsTold = ConcurrentHashMap.newKeySet();
-        volatile long highestVisit;
-
-        /** @return false if this number was given before */
-        synchronized boolean visit(long number) {
-            highestVisit = Math.max(highestVisit, number);
-            return visitsTold.add(number);
-        }
-
-        long oldest() { return acknowledged.values().stream().min(Long::compare).orElse(1L) - 1; }
-        int unknown() { return attempted.size() - acknowledged.size(); }
-
-        /** Compares what was acknowledged, of the texts that contain this part, with what is there. */
-        Findings compare(String part, List<Stored> found) {
-            Findings findings = new Findings();
-            Map<String, Long> byText = new HashMap<>();
-            Map<Long, String> byId = new HashMap<>();
-            for (Stored message : found) {
-                if (byText.put(message.text, message.id) != null) findings.doubled.add(message.toString());
-                if (byId.put(message.id, message.text) != null) findings.ids.add(message.toString());
-                if (!attempted.contains(message.text)) findings.unexpected.add(message.toString());
-            }
-            acknowledged.forEach((text, id) -> {
-                if (text.contains(part) && !id.equals(byText.get(text)))
-                    findings.lost.add(id + " " + text + " (there: " + byText.get(text) + ")");
+        /** Visit numbers are unique and increase for each client, and the total fits them. */
+        List<String> countingErrors(long total) {
+            List<String> errors = new ArrayList<>();
+            Map<Integer, Long> previous = new HashMap<>();
+            history.stream().filter(Attempt::isCounted).forEach(visit -> {
+                long before = previous.getOrDefault(visit.client, 0L);
+                previous.put(visit.client, visit.number);
+                if (visit.number <= before) errors.add(expected("a visit above " + before, visit.number));
+                if (!visits.add(visit.number)) errors.add("visit " + visit.number + " was given twice");
             });
-            return findings;
+            long counted = total - visitsBefore, least = count(Attempt::isCounted);
+            long most = count(Attempt::isVisit) + otherVisits;
+            // An instance may count a visit and die; nginx retries it elsewhere. A case breaks three instances at most.
+            if (mode != Mode.planned) most += 3 * CLIENTS;
+            if (counted < least || counted > most) errors.add("counted: " + expected(least + " to " + most, counted));
+            if (!visits.isEmpty() && total < visits.last())
+                errors.add("total: " + expected("at least " + visits.last(), total));
+            if (least > CLIENTS * 12 && count(attempt -> attempt.kind == Kind.PAGE && attempt.number > 0) == 0)
+                errors.add("pages: " + expected("visit numbers", "none"));
+            return errors;
         }
     }
+
+    // ------------------------------------------------------------------------------------------- Stored messages
 
     private record Stored(long id, String text) {}
 
-    /** What is wrong with what is there. */
-    private static final class Findings {
-        final List<String> lost = new ArrayList<>(), doubled = new ArrayList<>(), unexpected = new ArrayList<>(),
-                ids = new ArrayList<>(), counting = new ArrayList<>();
+    private static final Pattern STORED = Pattern.compile(
+            "\"id\":(\\d+),\"author\":\"" + AUTHOR + "\",\"body\":\"([^\"\\\\]*)\"");
 
-        String report() {
-            return "lost=" + lost.size() + " doubled=" + doubled.size() + " unexpected=" + unexpected.size()
-                    + " ids=" + ids.size() + " counting=" + counting.size();
-        }
-
-        String details() {
-            return lines("lost", lost) + lines("doubled", doubled) + lines("unexpected", unexpected)
-                    + lines("id given twice", ids) + lines("counting", counting);
-        }
-
-        static String lines(String what, List<String> all) {
-            StringBuilder lines = new StringBuilder();
-            all.stream().limit(5).forEach(one -> lines.append("\n- ").append(what).append(": ").append(one));
-            return lines.toString();
-        }
+    private static Stream<Stored> stored(String json) {
+        return STORED.matcher(json).results().map(match -> new Stored(Long.parseLong(match.group(1)), match.group(2)));
     }
 
-    // ----------------------------------------------------------------------------------------------- Read back
-
-    private long newestId() throws IOException {
-        Matcher id = Pattern.compile("^\\{\"messages\":\\[\\{\"id\":(\\d+)").matcher(get("/api/messages?limit=1"));
-        return id.find() ? Long.parseLong(id.group(1)) : 0;
+    private void checkEverything(Report report) throws IOException {
+        report.value("messages", acknowledged.size());
+        report.value("unknown", attempted.size() - acknowledged.size());
+        compare(report, "", readBack(acknowledged.stream().mapToLong(Stored::id).min().orElse(1) - 1));
     }
 
-    private long visitsTotal() throws IOException {
-        Matcher total = Pattern.compile("^\\{\"total\":(\\d+)").matcher(get("/api/visits"));
-        if (!total.find()) throw new IOException("no total at /api/visits");
-        return Long.parseLong(total.group(1));
+    /** Compares the acknowledged texts that contain {@code part} with the stored messages. */
+    private void compare(Report report, String part, List<Stored> messages) {
+        Map<String, List<Stored>> byText = messages.stream().collect(groupingBy(Stored::text));
+        Map<Long, List<Stored>> byId = messages.stream().collect(groupingBy(Stored::id));
+        report.findings("lost", acknowledged.stream().filter(message -> message.text.contains(part))
+                .filter(message -> !byText.getOrDefault(message.text, List.of()).contains(message))
+                .map(message -> expected(message, byText.get(message.text))));
+        report.findings("doubled", byText.values().stream().filter(same -> same.size() > 1));
+        report.findings("unexpected", messages.stream().filter(message -> !attempted.contains(message.text)));
+        report.findings("ids", byId.values().stream().filter(same -> same.size() > 1));
     }
 
-    /** This run's messages with an id above {@code floor}. */
+    /** The messages of this run with an id above {@code floor}. */
     private List<Stored> readBack(long floor) throws IOException {
-        List<Stored> found = new ArrayList<>();
+        List<Stored> messages = new ArrayList<>();
         Pattern next = Pattern.compile("\"next\":\"([^\"]*before=(\\d+)[^\"]*)\"");
         for (String path = "/api/messages?limit=100"; path != null; ) {
-            String page = get(path);
-            for (Matcher m = STORED.matcher(page); m.find(); )
-                if (Long.parseLong(m.group(1)) > floor && m.group(2).startsWith(run + "/"))
-                    found.add(new Stored(Long.parseLong(m.group(1)), m.group(2)));
+            String page = read(path);
+            stored(page).filter(message -> message.id > floor && message.text.startsWith(run + "/"))
+                    .forEach(messages::add);
             Matcher older = next.matcher(page);
             path = older.find() && Long.parseLong(older.group(2)) > floor ? older.group(1) : null;
         }
-        return found;
+        return messages;
     }
 
-    /** A read that is not part of the load: repeated for as long as a case may take to recover. */
-    private String get(String path) throws IOException {
-        Connection connection = new Connection(host, port, 1_000);
-        for (long giveUp = now() + PATIENCE_MILLIS; ; pause(100)) {
-            try {
-                Answer answer = connection.exchange(new Request("GET", path));
-                if (answer.status == 200) {
-                    connection.close();
-                    return answer.body;
-                }
-                if (now() > giveUp) throw new IOException("GET " + path + ": " + answer.status + " " + answer.body);
-            } catch (IOException e) {
-                connection.close();
-                if (now() > giveUp) throw e;
+    private long totalVisits() throws IOException {
+        Matcher total = Pattern.compile("^\\{\"total\":(\\d+)").matcher(read("/api/visits"));
+        if (!total.find()) throw new IOException("/api/visits: " + expected("a total", "none"));
+        return Long.parseLong(total.group(1));
+    }
+
+    /** A read outside of the load, with retries for as long as a case may take to recover. */
+    private String read(String path, String... headers) throws IOException {
+        try (Connection connection = new Connection(sides.getFirst(), 0, SHORT_CONNECT_MILLIS)) {
+            for (long giveUp = now() + RETRY_MILLIS; ; pause(100)) {
+                Answer answer = connection.exchange(get(path, headers));
+                if (answer.outcome.equals("200")) return answer.body;
+                if (now() > giveUp) throw new IOException(path + ": " + expected("200", answer));
             }
         }
     }
 
-    // ---------------------------------------------------------------------------- One instance, as it leaves
+    // ---------------------------------------------------------------------------------------- Draining instance
 
-    private final List<Direct> directs = new ArrayList<>();
-    private volatile boolean directing;
+    private final Queue<String> cuts = new ConcurrentLinkedQueue<>();
+    private final Map<Integer, Long> closing = new ConcurrentHashMap<>(); // when a connection got `Connection: close`
+    private volatile long lastDirectAnswer;
+    private Workers direct;
 
-    /** Ten connections as nginx keeps them: used again after 0.1 to 1.9 s, unless the instance said otherwise. */
-    private String direct(String instance) {
-        directs.clear();
-        directing = true;
-        for (int i = 0; i < 10; i++) directs.add(new Direct(instance, 100 + 200 * i));
-        directs.forEach(Thread::start);
-        return "started";
+    /** Ten connections to an instance, as nginx keeps them: idle for 0.1 to 1.9 s between two requests. */
+    private void startDirect(String instance) {
+        cuts.clear();
+        closing.clear();
+        direct = new Workers();
+        direct.add(10, number -> keepConnection(instance, number));
     }
 
-    private String directStop() throws InterruptedException {
-        directing = false;
-        for (Direct direct : directs) direct.join();
-        List<String> cut = directs.stream().filter(d -> d.cut != null).map(d -> "idle " + d.idle + " ms: " + d.cut)
-                .toList();
-        long firstTold = directs.stream().mapToLong(d -> d.firstTold).filter(time -> time > 0).min().orElse(0);
-        long lastAnswer = directs.stream().mapToLong(d -> d.lastAnswer).max().orElse(0);
-        return "answered=" + directs.stream().mapToInt(d -> d.answered).sum() + " cut=" + cut.size()
-                + " asked-to-go=" + directs.stream().filter(d -> d.firstTold > 0).count()
-                + " leaving=" + (firstTold == 0 ? 0 : lastAnswer - firstTold) + Findings.lines("cut", cut);
-    }
-
-    private final class Direct extends Thread {
-        private final String instance;
-        private final int idle;
-        private int answered;
-        private long firstTold, lastAnswer;
-        private String cut;
-
-        Direct(String instance, int idle) {
-            this.instance = instance;
-            this.idle = idle;
-        }
-
-        /**
-         * Until the port is closed. To be refused is fair, and so is a reset of a connection that was just opened (it
-         * waited in the queue when the port closed); to be cut off on one that was kept, and not asked to go, is not.
-         */
-        @Override public void run() {
-            Connection connection = new Connection(instance, port, 1_000);
-            for (; directing; pause(idle)) {
+    /**
+     * Ends when the port is closed. The instance may refuse a new connection, or reset one that waited in the queue of
+     * the port. It must not cut a connection that it has kept, without `Connection: close` in the answer before.
+     */
+    private void keepConnection(String instance, int number) {
+        int idle = 100 + 200 * number;
+        try (Connection connection = new Connection(List.of(instance), 0, SHORT_CONNECT_MILLIS)) {
+            for (; direct.running; pause(idle)) {
                 boolean kept = connection.isOpen();
-                try {
-                    connection.open();
-                } catch (IOException refused) {
+                Answer answer = connection.exchange(get("/api/messages?limit=1"));
+                if (!answer.isAnswered()) {
+                    if (kept) cuts.add("idle for " + idle + " ms: " + expected("an answer", answer));
                     return;
                 }
-                try {
-                    Answer answer = connection.exchange(new Request("GET", "/api/messages?limit=1"));
-                    answered++;
-                    lastAnswer = now();
-                    if (answer.closes() && firstTold == 0) firstTold = lastAnswer;
-                } catch (IOException e) {
-                    if (kept) cut = e.toString();
-                    return;
-                }
-            }
-            connection.close();
-        }
-    }
-
-    // ---------------------------------------------------------------------------------------- As fast as it goes
-
-    private final List<Thread> floods = new ArrayList<>();
-    private final List<String> floodFailures = Collections.synchronizedList(new ArrayList<>());
-    private final AtomicInteger floodAnswers = new AtomicInteger();
-    private volatile boolean flooding;
-    private long floodBegan;
-
-    /** So many clients beside the others, who never pause and ask ten at a time, for nothing that is stored. */
-    private String flood(int count) {
-        floods.clear();
-        floodFailures.clear();
-        floodAnswers.set(0);
-        floodBegan = now();
-        flooding = true;
-        for (int i = 0; i < count; i++) floods.add(Thread.ofPlatform().start(this::flood));
-        return "started";
-    }
-
-    private void flood() {
-        Connection connection = new Connection(host, port, READ_MILLIS);
-        String ten = new Request("GET", "/healthz").head(host).repeat(10);
-        while (flooding) {
-            try {
-                connection.write(ten);
-                for (int i = 0; i < 10; i++) {
-                    Answer answer = connection.readAnswer();
-                    if (answer.status == 200) floodAnswers.incrementAndGet();
-                    else floodFailures.add(answer.status + " " + answer.body);
-                }
-            } catch (IOException e) {
-                connection.close();
-                floodFailures.add(e.toString());
+                lastDirectAnswer = now();
+                if (answer.closes()) closing.putIfAbsent(number, now());
             }
         }
-        connection.close();
     }
 
-    private String floodStop() throws InterruptedException {
-        flooding = false;
-        for (Thread flood : floods) flood.join();
-        return "flood=" + floodAnswers.get() * 1_000L / (now() - floodBegan) + " flood-failed=" + floodFailures.size()
-                + Findings.lines("failed", floodFailures);
+    private void stopDirect(Report report) throws Exception {
+        direct.stop();
+        report.findings("cut", cuts.stream());
+        report.value("asked-to-go", closing.size());
+        report.value("leaving", closing.isEmpty() ? 0 : lastDirectAnswer - Collections.min(closing.values()));
     }
 
-    // ----------------------------------------------------------------------------------------- Hostile clients
+    // ------------------------------------------------------------------------------------------- Hostile clients
 
-    private final List<Connection> slow = new ArrayList<>();
-    private Thread dribbler;
-
-    /** So many clients that begin a request and send a byte of it each half second. */
-    private String slow(int count) throws IOException {
-        for (int i = 0; i < count; i++) {
-            Connection connection = new Connection(host, port, READ_MILLIS);
-            connection.write("POST /api/messages HTTP/1.1\r\nHost: " + host + "\r\nX-Slow: ");
-            slow.add(connection);
-        }
-        dribbler = new Thread(() -> {
-            while (!Thread.currentThread().isInterrupted()) {
-                slow.forEach(connection -> {
-                    try {
-                        connection.write("z");
-                    } catch (IOException e) { /* nginx had enough of it, as it should */ }
-                });
-                if (!pause(500)) return;
-            }
+    /** Clients, 64 at a time, that reset the connection in the middle of an exchange. */
+    private void disconnect(int count, Report report) throws Exception {
+        AtomicInteger done = new AtomicInteger();
+        Workers clients = new Workers();
+        clients.add(64, worker -> {
+            for (int number = worker; number < count; number += 64) if (disconnected(number)) done.incrementAndGet();
         });
-        dribbler.start();
-        return "started";
+        clients.stop();
+        report.value("disconnected", done);
     }
 
-    /** Tells how many of them are still there. */
-    private String slowStop() throws InterruptedException {
-        dribbler.interrupt();
-        dribbler.join();
-        long open = slow.stream().filter(connection -> !connection.wasClosedByPeer()).count();
-        slow.forEach(Connection::close);
-        slow.clear();
-        return "open=" + open;
-    }
-
-    /** So many clients, 64 at a time, that go away without a word in the middle of something. */
-    private String hangUp(int count) throws InterruptedException {
-        AtomicInteger left = new AtomicInteger(count), done = new AtomicInteger();
-        List<Thread> threads = new ArrayList<>();
-        for (int i = 0; i < 64; i++) threads.add(Thread.ofPlatform().start(() -> {
-            for (int n; (n = left.decrementAndGet()) >= 0; ) {
-                try {
-                    hangUpOnce(n);
-                    done.incrementAndGet();
-                } catch (IOException e) { /* counted by not being counted */ }
-            }
-        }));
-        for (Thread thread : threads) thread.join();
-        return "hung-up=" + done;
-    }
-
-    private void hangUpOnce(int n) throws IOException {
-        Connection connection = new Connection(host, port, READ_MILLIS);
-        String text = run + "/hang-up/" + n + TAIL, json = "{\"author\":\"" + AUTHOR + "\",\"body\":\"" + text + "\"}";
-        ledger.attempted.add(text);
-        Request post = new Request("POST", "/api/messages").header("Content-Type", "application/json").body(json);
-        switch (n % 5) {
-            case 0 -> connection.write("GET / HTTP/1.1\r\nHo");                       // in the middle of the head
-            case 1 -> connection.write(post.head(host) + json.substring(0, 20));      // in the middle of the body
-            case 2 -> connection.write(post.head(host) + json);                       // before the answer
-            case 3 -> {                                                               // in the middle of the answer
-                connection.write(new Request("GET", "/").header("Accept", "text/html").head(host));
-                connection.readByte();
-            }
-            default -> {                                                              // of a stream that has no end
-                connection.write(new Request("GET", "/api/events").head(host));
-                connection.readByte();
-            }
-        }
-        connection.reset();
-    }
-
-    // ------------------------------------------------------------------------- What an instance is told of us
-
-    /**
-     * This container answers as one more instance for a moment (tests/stack/failover gives it the name web-more on the
-     * inner network), and tells what nginx passes on of a client that claims to be someone else.
-     */
-    private String forwarded() throws Exception {
-        String path = "/" + run;
-        Request lie = new Request("GET", path).header("X-Forwarded-For", "203.0.113.7")
-                .header("X-Real-IP", "203.0.113.7")
-                .header("Forwarded", "for=203.0.113.7").header("X-Forwarded-Proto", "https")
-                .header("X-Proxy-Request-Id", "203.0.113.7");
-        try (ServerSocket listener = new ServerSocket(port)) {
-            Thread.ofPlatform().daemon().start(() -> echo(listener, path));
-            Connection connection = new Connection(host, port, READ_MILLIS);
-            for (long giveUp = now() + 10_000; now() < giveUp; pause(50)) {
-                Answer answer = connection.exchange(lie);
-                if (answer.status == 200) return "told=" + answer.body.replace("\r\n", "|").replace(" ", "")
-                        + " own=" + connection.ownAddress();
-            }
-            return "told=nothing";
-        }
-    }
-
-    /** Answers requests for one path with their own head, and hangs up on others,
-            which nginx then gives to the next. */
-    private static void echo(ServerSocket listener, String path) {
-        while (!listener.isClosed()) {
-            try (Socket socket = listener.accept()) {
-                String head = Connection.readHead(new BufferedInputStream(socket.getInputStream()));
-                if (!head.startsWith("GET " + path + " ")) continue;
-                String body = head.substring(head.indexOf("\r\n") + 2).toLowerCase();
-                socket.getOutputStream().write(("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: "
-                        + body.length()
-                        + "\r\n\r\n" + body).getBytes(UTF_8));
-            } catch (IOException e) { /* that one is gone; or we are done */ }
-        }
-    }
-
-    // --------------------------------------------------------------------------------------------------- HTTP
-
-    private static final class Request {
-        final String method, path;
-        private final StringBuilder headers = new StringBuilder();
-        private byte[] body = {};
-
-        Request(String method, String path) {
-            this.method = method;
-            this.path = path;
-        }
-
-        Request header(String name, String value) {
-            headers.append(name).append(": ").append(value).append("\r\n");
-            return this;
-        }
-
-        Request body(String text) {
-            body = text.getBytes(UTF_8);
-            return header("Content-Length", Integer.toString(body.length));
-        }
-
-        String head(String host) { return method + " " + path + " HTTP/1.1\r\nHost: " + host + "\r\n" + headers
-                + "\r\n"; }
-
-        @Override public String toString() { return method + " " + path; }
-    }
-
-    private record Answer(int status, Map<String, String> headers, String body) {
-        String header(String name) { return headers.getOrDefault(name, "(none)"); }
-        boolean closes() { return header("connection").equalsIgnoreCase("close"); }
+    private boolean disconnected(int number) {
+        String post = message(newText("disconnect", String.valueOf(number)));
+        String request = switch (number % 5) {
+            case 0  -> post.substring(0, 31);                 // ends in the middle of the head
+            case 1  -> post.substring(0, post.length() - 20); // ends in the middle of the body
+            case 2  -> post;                                  // ends before the answer
+            case 3  -> get("/", "Accept: text/html");         // ends in the middle of the answer
+            default -> get("/api/events");                    // ends in the middle of the event stream
+        };
+        try (Socket socket = new Socket(sides.getFirst().getFirst(), port)) {
+            socket.setSoTimeout(RESPONSE_MILLIS);
+            socket.setSoLinger(true, 0); // the peer gets RST instead of FIN
+            socket.getOutputStream().write(request.getBytes(UTF_8));
+            return number % 5 < 3 || socket.getInputStream().read() >= 0;
+        } catch (IOException e) { return false; }
     }
 
     /**
-     * One connection, opened when needed; what happens on it is told to the caller and never mended here. Only where
-     * there are several hosts, one that can't be connected to is passed over, as a browser does with several addresses.
+     * Acts as an instance for a moment (the test gives this container the name of one), and reports the headers that
+     * nginx passes on from a client that claims another address.
      */
-    private static final class Connection {
-        private static final AtomicInteger TURNS = new AtomicInteger();
-        private final String[] hosts;
-        private final int port, connectMillis;
-        private String host;
-        private int turn = TURNS.getAndIncrement();
+    private void spoof(Report report) throws IOException {
+        HttpServer instance = HttpServer.create(new InetSocketAddress(port), 0);
+        instance.createContext("/" + run, LoadClients::echoHeaders);
+        instance.createContext("/", HttpExchange::close); // nginx retries at the next instance
+        instance.start();
+        try (Socket socket = new Socket(sides.getFirst().getFirst(), port)) {
+            report.value("own", socket.getLocalAddress().getHostAddress());
+            report.value("headers", read("/" + run, "X-Forwarded-For: 203.0.113.7", "X-Real-IP: 203.0.113.7",
+                    "Forwarded: for=203.0.113.7", "X-Forwarded-Proto: https", "X-Proxy-Request-Id: 203.0.113.7"));
+        } finally {
+            instance.stop(0);
+        }
+    }
+
+    private static void echoHeaders(HttpExchange exchange) throws IOException {
+        byte[] headers = exchange.getRequestHeaders().entrySet().stream()
+                .map(header -> header.getKey().toLowerCase() + ":" + String.join(",", header.getValue()))
+                .collect(joining("|")).replace(" ", "").getBytes(UTF_8);
+        exchange.sendResponseHeaders(200, headers.length);
+        exchange.getResponseBody().write(headers);
+        exchange.close();
+    }
+
+    // ---------------------------------------------------------------------------------------------------- HTTP
+
+    private static String get(String path, String... headers) { return request("GET " + path, "", headers); }
+
+    private static String message(String text, String... headers) {
+        return request("POST /api/messages", "{\"author\":\"" + AUTHOR + "\",\"body\":\"" + text + "\"}", headers);
+    }
+
+    private static String request(String start, String body, String... headers) {
+        return start + " HTTP/1.1\r\nHost: threefold\r\n"
+                + Stream.of(headers).map(header -> header + "\r\n").collect(joining())
+                + (body.isEmpty() ? "" : "Content-Type: application/json\r\nContent-Length: "
+                        + body.getBytes(UTF_8).length + "\r\n") + "\r\n" + body;
+    }
+
+    /** The outcome is the status, or the reason why there is none: `time-out`, `refused` or `cut`. */
+    private record Answer(String outcome, Map<String, String> headers, String body) {
+        boolean isAnswered() { return !headers.isEmpty(); }
+        boolean isGood() { return outcome.startsWith("2"); }
+        boolean isTemporary() { return !isAnswered() || Set.of("502", "503", "504").contains(outcome); }
+        boolean closes() { return "close".equalsIgnoreCase(headers.get("connection")); }
+        String instance() { return headers.getOrDefault("x-instance-id", "none"); }
+
+        @Override public String toString() {
+            return outcome + " from " + instance() + " at " + LocalTime.now() + ", request "
+                    + headers.get("x-request-id") + " " + body.lines().findFirst().orElse("");
+        }
+    }
+
+    /** A connection on a plain socket, because an HTTP library retries requests and replaces connections silently. */
+    private final class Connection implements AutoCloseable {
+        private final List<String> hosts;
+        private final int connectMillis;
+        private int turn;
         private Socket socket;
         private InputStream in;
 
-        Connection(String hosts, int port, int connectMillis) {
-            this.hosts = hosts.split(",");
-            this.host = this.hosts[turn % this.hosts.length];
-            this.port = port;
+        Connection(List<String> hosts, int turn, int connectMillis) {
+            this.hosts = hosts;
+            this.turn = turn;
             this.connectMillis = connectMillis;
         }
 
-        void open() throws IOException {
-            if (socket != null) return;
-            for (int left = hosts.length; ; host = hosts[++turn % hosts.length]) {
-                try {
-                    connect();
-                    return;
-                } catch (IOException e) {
-                    if (--left == 0) throw e;
-                }
-            }
-        }
+        boolean isOpen() { return socket != null; }
 
-        private void connect() throws IOException {
-            Socket opening = new Socket();
-            try {
-                opening.connect(new InetSocketAddress(InetAddress.getByName(host), port), connectMillis);
-                opening.setSoTimeout(READ_MILLIS);
-                opening.setTcpNoDelay(true);
-            } catch (IOException e) {
-                opening.close();
-                throw e;
-            }
-            socket = opening;
+        private void open() throws IOException {
+            socket = new Socket();
+            String host = hosts.get(turn % hosts.size());
+            socket.connect(new InetSocketAddress(InetAddress.getByName(host), port), connectMillis);
+            socket.setSoTimeout(RESPONSE_MILLIS);
+            socket.setTcpNoDelay(true);
             in = new BufferedInputStream(socket.getInputStream());
         }
 
-        Answer exchange(Request request) throws IOException {
-            open();
-            ByteArrayOutputStream bytes = new ByteArrayOutputStream();
-            bytes.writeBytes(request.head(host).getBytes(UTF_8));
-            bytes.writeBytes(request.body);
-            socket.getOutputStream().write(bytes.toByteArray());
-            Answer answer = readAnswer();
-            if (answer.closes()) close();
-            return answer;
+        /** After a failure the connection is closed, and the next one goes to the next host. */
+        Answer exchange(String request) {
+            String failure = "refused";
+            try {
+                if (!isOpen()) open();
+                failure = "cut";
+                socket.getOutputStream().write(request.getBytes(UTF_8));
+                Answer answer = readAnswer();
+                if (answer.closes()) close();
+                return answer;
+            } catch (IOException e) {
+                close();
+                turn++;
+                return new Answer(e instanceof SocketTimeoutException ? "time-out" : failure, Map.of(), e.toString());
+            }
         }
 
         private Answer readAnswer() throws IOException {
-            String[] lines = readHead(in).split("\r\n");
+            String status = readLine();
             Map<String, String> headers = new HashMap<>();
-            for (int i = 1; i < lines.length; i++) {
-                int colon = lines[i].indexOf(':');
-                headers.put(lines[i].substring(0, colon).toLowerCase(), lines[i].substring(colon + 1).strip());
+            for (String line; !(line = readLine()).isEmpty(); ) {
+                String[] header = line.split(": *", 2);
+                headers.put(header[0].toLowerCase(), header[1]);
             }
-            int length = Integer.parseInt(headers.getOrDefault("content-length", "-1"));
-            if (length < 0) throw new IOException("an answer without Content-Length: " + lines[0]);
+            if (!headers.containsKey("content-length")) throw new IOException("no Content-Length after " + status);
+            int length = Integer.parseInt(headers.get("content-length"));
             byte[] body = in.readNBytes(length);
-            if (body.length < length) throw new EOFException("cut off in the middle of the answer");
-            return new Answer(Integer.parseInt(lines[0].split(" ")[1]), headers, new String(body, UTF_8));
+            if (body.length < length) throw new EOFException("closed in the middle of the body");
+            return new Answer(status.split(" ")[1], headers, new String(body, UTF_8));
         }
 
-        /** Up to the empty line. */
-        static String readHead(InputStream in) throws IOException {
-            StringBuilder head = new StringBuilder();
-            while (head.length() < 4 || head.lastIndexOf("\r\n\r\n") != head.length() - 4) {
-                int next = in.read();
-                if (next < 0) throw new EOFException(head.isEmpty() ? "closed without an answer"
-                        : "cut off in the head");
-                head.append((char) next);
-            }
-            return head.toString();
+        private String readLine() throws IOException {
+            StringBuilder line = new StringBuilder();
+            for (int c; (c = in.read()) != '\n'; line.append((char) c))
+                if (c < 0) throw new EOFException("closed after \"" + line + "\"");
+            return line.toString().strip();
         }
 
-        void write(String text) throws IOException {
-            open();
-            socket.getOutputStream().write(text.getBytes(UTF_8));
-        }
-
-        void readByte() throws IOException {
-            if (in.read() < 0) throw new EOFException();
-        }
-
-        /** Nothing left to read but the end, or not even that. */
-        boolean wasClosedByPeer() {
-            try {
-                socket.setSoTimeout(200);
-                while (in.read() >= 0) { /* an answer, such as 408 */ }
-                return true;
-            } catch (SocketTimeoutException e) {
-                return false;
-            } catch (IOException e) {
-                return true;
-            }
-        }
-
-        boolean isOpen() { return socket != null; }
-        String ownAddress() { return socket.getLocalAddress().getHostAddress(); }
-
-        /** Closes without the usual good-bye: the other side sees a reset. */
-        void reset() throws IOException {
-            socket.setSoLinger(true, 0);
-            close();
-        }
-
-        void close() {
+        @Override public void close() {
             try {
                 if (socket != null) socket.close();
-            } catch (IOException e) { /* it is gone either way */ }
+            } catch (IOException e) { /* closed either way */ }
             socket = null;
         }
     }
 
-    // --------------------------------------------------------------------------------------------------- Time
+    // ------------------------------------------------------------------------------------------ Threads and time
 
-    private static long now() { return System.nanoTime() / 1_000_000; }
+    /** Threads that work until they are stopped. */
+    private static final class Workers {
+        private final ExecutorService threads = Executors.newCachedThreadPool();
+        private final List<Future<?>> tasks = new ArrayList<>();
+        volatile boolean running = true;
 
-    /** @return false if this thread was asked to end */
-    private static boolean pause(long millis) {
-        try {
-            Thread.sleep(Math.max(0, millis));
-            return true;
-        } catch (InterruptedException e) {
-            Thread.currentThread().interrupt();
-            return false;
+        void add(int count, IntConsumer work) {
+            IntStream.range(0, count).forEach(number -> tasks.add(threads.submit(() -> work.accept(number))));
+        }
+
+        void stop() throws Exception {
+            running = false;
+            threads.close();
+            for (Future<?> task : tasks) task.get(); // an unexpected exception ends this program
         }
     }
 
-    /** How long this machine kept us from running: a time we measure may be longer by so much than it really was. */
-    private static final class StallWatch extends Thread {
-        volatile long longest;
+    private static long now() { return System.nanoTime() / 1_000_000; }
 
-        StallWatch() { setDaemon(true); }
+    private static void pause(long millis) {
+        try {
+            Thread.sleep(Math.max(0, millis));
+        } catch (InterruptedException e) { throw new IllegalStateException(e); }
+    }
 
-        @Override public void run() {
-            for (long before = now(); pause(10); before = now()) longest = Math.max(longest, now() - before - 10);
+    /** The longest time that this machine kept a thread from running: a measured time may be too long by it. */
+    private volatile long longestStall;
+
+    private void watchStalls() {
+        for (long before = now(); ; before = now()) {
+            pause(10);
+            longestStall = Math.max(longestStall, now() - before - 10);
         }
     }
 }

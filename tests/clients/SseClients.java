@@ -1,167 +1,153 @@
-import java.io.BufferedInputStream;
+import java.io.BufferedReader;
 import java.io.IOException;
-import java.io.InputStream;
-import java.net.InetSocketAddress;
-import java.net.Socket;
+import java.io.InputStreamReader;
+import java.net.HttpURLConnection;
+import java.net.SocketException;
+import java.net.SocketTimeoutException;
 import java.net.URI;
+import java.net.UnknownHostException;
 import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
 import java.security.Security;
 import java.time.Duration;
-import java.util.ArrayList;
-import java.util.EnumMap;
 import java.util.List;
-import java.util.Map;
+import java.util.Queue;
 import java.util.Set;
 import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.ConcurrentLinkedQueue;
 import java.util.concurrent.atomic.AtomicInteger;
-import java.util.concurrent.atomic.AtomicLong;
 import java.util.concurrent.locks.LockSupport;
 import java.util.regex.Matcher;
 import java.util.regex.Pattern;
+import java.util.stream.IntStream;
 import java.util.stream.Stream;
 
 import static java.nio.charset.StandardCharsets.UTF_8;
 
 /**
- * The viewers of tests/stack/failover and tests/stack/cluster: they stay, coming back with Last-Event-ID to whichever
- * instance nginx gives them, while others write and the stack breaks. At the end each of them has to have been told
- * every message that was acknowledged, in the order of the events' ids, none twice.
+ * Subscribers of the event stream. They reconnect with Last-Event-ID, to whichever instance nginx selects, while other
+ * clients write and the stack breaks. At the end each subscriber must have received every acknowledged message once, in
+ * the order of the cursors.
  *
- * <p>{@code java SseClients.java HOST PORT RATE VIEWERS} says "joined" when all view, and writes RATE messages a
- * second, if it can, until standard input ends or says a line; then it prints `name=value` words and, for each thing
- * that is wrong, a line. JDK 21, nothing else.
+ * <p>{@code java SseClients.java HOST PORT RATE SUBSCRIBERS} prints "joined" when all subscribers have a stream. Then
+ * it writes RATE messages a second until standard input ends or has a line. It prints `name=value` words, and a line
+ * for each of the first findings. The program needs JDK 21 and no library.
  *
- * <p>HOST may be several, joined by commas: the next one is tried when one ends or does not answer. Of two such lists
- * with a slash between, every second viewer and writer has the second: clients on two sides of a cut.
+ * <p>HOST is a list, joined by commas: after a failure a client uses the next one. Two lists, joined by a slash, are
+ * the two sides of a network partition: clients alternate between them.
  *
  * <pre>
- *   returns       streams that began after a viewer's first one
- *   unanswered    sent again and again, and not acknowledged when all is well again
- *   missing       acknowledged, and not told to a viewer
- *   doubled       told to a viewer twice
- *   out-of-order  told after an event with a later place
- *   gaps          a viewer was told that it misses something
- *   odd           anything else that a stream should not have in it
+ *   reconnects    streams after the first one of a subscriber
+ *   unanswered    retried, and not acknowledged within 30 s after the end
+ *   missing       acknowledged, but not received by a subscriber
+ *   doubled       received twice
+ *   out-of-order  received after an event with the same or a higher cursor
+ *   gaps          `gap` events: messages that the server has skipped
+ *   odd           anything else that an event stream must not contain
  * </pre>
  */
 public final class SseClients {
-    private static final int WRITERS = 64;
-    private static final int CONNECT_MILLIS = 2_000, SILENCE_MILLIS = 20_000, PATIENCE_SECONDS = 30;
-    private static final Pattern ID = Pattern.compile("\"id\":([0-9]+)");
+    private static final int WRITERS = 64, CONNECT_MILLIS = 2_000, HEARTBEAT_TIMEOUT_MILLIS = 20_000, LAST_SECONDS = 30;
+    private static final List<String> KINDS =
+            List.of("unanswered", "missing", "doubled", "out-of-order", "gaps", "odd");
+    private static final Pattern MESSAGE_ID = Pattern.compile("\"id\":([0-9]+)");
 
-    private final List<String[]> sides;
+    private final List<List<String>> sides;
     private final int port;
     private final HttpClient http = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1)
             .connectTimeout(Duration.ofMillis(CONNECT_MILLIS)).build();
     private final Set<Long> acknowledged = ConcurrentHashMap.newKeySet(); // ids
-    private final AtomicLong turns = new AtomicLong();
-    private final AtomicInteger refused = new AtomicInteger();
-    private final List<Viewer> viewers = new ArrayList<>();
-    private volatile boolean writing = true, viewing = true;
+    private final AtomicInteger written = new AtomicInteger(), retries = new AtomicInteger();
+    private final Queue<Finding> findings = new ConcurrentLinkedQueue<>();
+    private final long began = System.nanoTime();
+    private volatile boolean writing = true;
+
+    private record Finding(String kind, String text) {}
 
     private SseClients(String hosts, int port) {
-        this.sides = Stream.of(hosts.split("/")).map(side -> side.split(",")).toList();
+        this.sides = Stream.of(hosts.split("/")).map(side -> List.of(side.split(","))).toList();
         this.port = port;
     }
 
     public static void main(String[] args) throws Exception {
-        Security.setProperty("networkaddress.cache.ttl", "0");
+        Security.setProperty("networkaddress.cache.ttl", "0"); // nginx may come back with another address
         Security.setProperty("networkaddress.cache.negative.ttl", "0");
         new SseClients(args[0], Integer.parseInt(args[1])).run(Integer.parseInt(args[2]), Integer.parseInt(args[3]));
+        System.exit(0); // the streams have no end
     }
 
     private void run(int rate, int count) throws Exception {
-        for (int i = 0; i < count; i++) viewers.add(new Viewer(new Way(i)));
-        for (Viewer viewer : viewers) viewer.start();
-        for (Viewer viewer : viewers) while (!viewer.joined) LockSupport.parkNanos(10_000_000);
+        List<Subscriber> subscribers = IntStream.range(0, count).mapToObj(Subscriber::new).toList();
+        subscribers.forEach(subscriber -> Thread.ofPlatform().start(subscriber));
+        while (!subscribers.stream().allMatch(subscriber -> subscriber.joined)) Thread.sleep(10);
         System.out.println("joined");
-        long began = System.nanoTime();
-        List<Thread> writers = new ArrayList<>();
-        for (int i = 0; i < WRITERS; i++) {
-            Way way = new Way(i);
-            writers.add(Thread.ofPlatform().start(() -> write(began, rate, way)));
-        }
+        long start = System.nanoTime();
+        List<Thread> writers = IntStream.range(0, WRITERS)
+                .mapToObj(number -> Thread.ofPlatform().start(() -> write(start, rate, new Hosts(number)))).toList();
         System.in.read();
         writing = false;
-        long giveUp = System.nanoTime() + PATIENCE_SECONDS * 1_000_000_000L;
-        for (Thread writer : writers) writer.join(Duration.ofNanos(Math.max(1, giveUp - System.nanoTime())));
-        long unanswered = writers.stream().filter(Thread::isAlive).count();
-        double seconds = (System.nanoTime() - began) / 1e9;
-        for (int i = 0; i < PATIENCE_SECONDS * 10 && viewers.stream().anyMatch(Viewer::misses); i++) Thread.sleep(100);
-        viewing = false;
-        report(seconds, unanswered);
-        System.exit(0);
+        long deadline = System.nanoTime() + Duration.ofSeconds(LAST_SECONDS).toNanos();
+        for (Thread writer : writers) writer.join(Duration.ofNanos(Math.max(1, deadline - System.nanoTime())));
+        writers.stream().filter(Thread::isAlive).forEach(writer -> find("unanswered", "a message"));
+        double seconds = (System.nanoTime() - start) / 1e9;
+        deadline = System.nanoTime() + Duration.ofSeconds(LAST_SECONDS).toNanos();
+        while (System.nanoTime() < deadline && subscribers.stream().anyMatch(Subscriber::misses)) Thread.sleep(100);
+        subscribers.forEach(subscriber -> subscriber.missing().forEach(id -> find("missing", "message " + id)));
+        report(seconds, subscribers);
     }
 
-    private void report(double seconds, long unanswered) {
-        int returns = viewers.stream().mapToInt(viewer -> Math.max(0, viewer.streams - 1)).sum();
-        long wrong = unanswered;
-        StringBuilder counts = new StringBuilder();
-        for (Wrong what : Wrong.values()) {
-            long count = viewers.stream().mapToLong(viewer -> viewer.count(what)).sum();
-            counts.append(' ').append(what.name().replace('_', '-')).append('=').append(count);
-            wrong += count;
+    private void find(String kind, String text) { findings.add(new Finding(kind, text)); }
+
+    private void report(double seconds, List<Subscriber> subscribers) {
+        StringBuilder counts = new StringBuilder(), lines = new StringBuilder();
+        for (String kind : KINDS) {
+            List<Finding> found = findings.stream().filter(finding -> finding.kind.equals(kind)).toList();
+            counts.append(kind).append('=').append(found.size()).append(' ');
+            found.stream().limit(5).forEach(finding -> lines.append("- " + kind + ": " + finding.text + "\n"));
         }
-        System.out.printf("acknowledged=%d rate=%.0f repeated=%d unanswered=%d viewers=%d returns=%d%s wrong=%d%n",
-                acknowledged.size(), acknowledged.size() / seconds, refused.get(), unanswered, viewers.size(), returns,
-                counts, wrong);
-        viewers.stream().flatMap(viewer -> viewer.evidence().stream()).limit(20)
-                .forEach(line -> System.out.println("- " + line));
+        System.out.printf("acknowledged=%d rate=%.0f retries=%d subscribers=%d reconnects=%d %swrong=%d%n%s",
+                acknowledged.size(), acknowledged.size() / seconds, retries.get(), subscribers.size(),
+                subscribers.stream().mapToInt(subscriber -> subscriber.streams - 1).sum(), counts, findings.size(),
+                lines);
     }
 
-    private enum Wrong { missing, doubled, out_of_order, gaps, odd }
-
-    /** The id of an event: two numbers, TX-ID. */
-    private record Cursor(long tx, long id) {
-        private static final Pattern FORM = Pattern.compile("([0-9]+)-([0-9]+)");
-
-        /** @return null if it is none */
-        static Cursor of(String text) {
-            Matcher parts = FORM.matcher(text == null ? "" : text);
-            return parts.matches() ? new Cursor(Long.parseLong(parts.group(1)), Long.parseLong(parts.group(2))) : null;
-        }
-
-        boolean isAfter(Cursor other) { return tx > other.tx || tx == other.tx && id > other.id; }
-    }
-
-    /** The hosts of somebody's side, in turns. */
-    private final class Way {
-        private final String[] hosts;
+    /** The hosts of a client's side, in turn. */
+    private final class Hosts {
+        private final List<String> hosts;
         private int turn;
 
-        Way(int number) {
-            hosts = sides.get(number % sides.size());
-            turn = number / sides.size();
+        Hosts(int client) {
+            hosts = sides.get(client % sides.size());
+            turn = client / sides.size();
         }
 
-        String host() { return hosts[turn % hosts.length]; }
+        URI uri(String path) { return URI.create("http://" + hosts.get(turn % hosts.size()) + ":" + port + path); }
         void next() { turn++; }
     }
 
-    /** Each message under a key of its own, sent until it is acknowledged. */
-    private void write(long began, int rate, Way way) {
+    /** Each message has a key of its own, and is sent until it is acknowledged. */
+    private void write(long start, int rate, Hosts hosts) {
         while (writing) {
-            long turn = turns.getAndIncrement(), due = began + turn * 1_000_000_000L / rate;
+            int number = written.getAndIncrement();
+            long due = start + number * 1_000_000_000L / rate;
             for (long now; (now = System.nanoTime()) < due; ) LockSupport.parkNanos(due - now);
-            while (!sent(began, turn, way.host())) {
-                refused.incrementAndGet();
-                way.next();
+            while (!isAcknowledged(number, hosts)) {
+                retries.incrementAndGet();
+                hosts.next();
                 LockSupport.parkNanos(50_000_000);
             }
         }
     }
 
-    private boolean sent(long began, long turn, String host) {
-        HttpRequest request = HttpRequest.newBuilder(URI.create("http://" + host + ':' + port + "/api/messages"))
-                .timeout(Duration.ofSeconds(10)).header("Content-Type", "application/json")
-                .header("Idempotency-Key", "viewers-" + began + '-' + turn)
-                .POST(HttpRequest.BodyPublishers.ofString(
-                        "{\"author\":\"test-failover\",\"body\":\"for the viewers, " + turn + "\"}")).build();
+    private boolean isAcknowledged(int number, Hosts hosts) {
+        String message = "{\"author\":\"test-failover\",\"body\":\"for the subscribers, " + number + "\"}";
+        HttpRequest request = HttpRequest.newBuilder(hosts.uri("/api/messages")).timeout(Duration.ofSeconds(10))
+                .header("Content-Type", "application/json").header("Idempotency-Key", "sse-" + began + "-" + number)
+                .POST(HttpRequest.BodyPublishers.ofString(message)).build();
         try {
             HttpResponse<String> answer = http.send(request, HttpResponse.BodyHandlers.ofString());
-            Matcher id = ID.matcher(answer.body());
+            Matcher id = MESSAGE_ID.matcher(answer.body());
             if (answer.statusCode() / 100 != 2 || !id.find()) return false;
             acknowledged.add(Long.parseLong(id.group(1)));
             return true;
@@ -170,116 +156,78 @@ public final class SseClients {
         } catch (InterruptedException e) { throw new IllegalStateException(e); }
     }
 
-    /** Somebody who stays: one stream after the other, each from where the last one ended. */
-    private final class Viewer extends Thread {
-        private final Set<Long> told = ConcurrentHashMap.newKeySet();
-        private final Map<Wrong, Integer> wrong = new EnumMap<>(Wrong.class);
-        private final List<String> evidence = new ArrayList<>();
-        private Cursor last;
-        private String lastId = "";
-        private volatile boolean joined;
+    /** One stream after the other, each from the cursor at which the last one ended. */
+    private final class Subscriber implements Runnable {
+        private final Hosts hosts;
+        private final Set<Long> received = ConcurrentHashMap.newKeySet(); // ids
+        private Cursor last = new Cursor(0, 0);
+        private String lastEventId = "";
         private volatile int streams;
-        private int left;                    // bytes of the chunk that is being read
-        private final Way way;
+        private volatile boolean joined;
 
-        Viewer(Way way) { this.way = way; }
+        Subscriber(int number) { this.hosts = new Hosts(number); }
 
         @Override public void run() {
-            for (; viewing; way.next()) {
-                try (Socket socket = new Socket()) {
-                    socket.connect(new InetSocketAddress(way.host(), port), CONNECT_MILLIS);
-                    socket.setSoTimeout(SILENCE_MILLIS);
-                    socket.getOutputStream().write(("GET /api/events HTTP/1.1\r\nHost: " + way.host() + "\r\n"
-                            + (lastId.isEmpty() ? "" : "Last-Event-ID: " + lastId + "\r\n") + "\r\n").getBytes(UTF_8));
-                    left = 0;
-                    read(new BufferedInputStream(socket.getInputStream(), 64 * 1024));
-                } catch (IOException e) { /* it comes again */
-                } catch (RuntimeException e) {
-                    if (viewing) wrong(Wrong.odd, "what came was no stream of events: " + e);
+            for (; ; hosts.next()) {
+                try {
+                    readStream();
+                } catch (SocketException | SocketTimeoutException | UnknownHostException e) {
+                    // The stream has ended, or there is no host: the next one goes on.
+                } catch (IOException | RuntimeException e) {
+                    if (!"Premature EOF".equals(e.getMessage())) find("odd", e.toString());
                 }
                 LockSupport.parkNanos(200_000_000);
             }
         }
 
-        private void read(InputStream in) throws IOException {
-            if (!line(in).contains(" 200 ")) return;
-            while (!line(in).isEmpty()) { /* headers */ }
+        /** HttpClient has no timeout for a stream without heartbeats. */
+        private void readStream() throws IOException {
+            HttpURLConnection connection = (HttpURLConnection) hosts.uri("/api/events").toURL().openConnection();
+            connection.setConnectTimeout(CONNECT_MILLIS);
+            connection.setReadTimeout(HEARTBEAT_TIMEOUT_MILLIS);
+            if (!lastEventId.isEmpty()) connection.setRequestProperty("Last-Event-ID", lastEventId);
+            if (connection.getResponseCode() != 200) return;
             streams++;
             String event = "message", id = null, data = null;
-            for (String line; viewing; ) {
-                line = line(new Chunked(in));
-                joined = true;
-                if (line.startsWith("event:")) event = line.substring(6).strip();
-                else if (line.startsWith("id:")) id = line.substring(3).strip();
-                else if (line.startsWith("data:")) data = line.substring(5).strip();
-                else if (line.isEmpty()) {
-                    if (data == null && id != null) lastId = id; // where it begins
-                    if (data != null && (event.equals("message") || event.equals("gap"))) told(event, id, data);
-                    event = "message";
-                    id = data = null;
+            try (BufferedReader in = new BufferedReader(new InputStreamReader(connection.getInputStream(), UTF_8))) {
+                for (String line; (line = in.readLine()) != null; joined = true) {
+                    if (line.startsWith("event:")) event = line.substring(6).strip();
+                    else if (line.startsWith("id:")) id = line.substring(3).strip();
+                    else if (line.startsWith("data:")) data = line.substring(5).strip();
+                    else if (line.isEmpty()) {
+                        receive(event, id, data);
+                        event = "message";
+                        id = data = null;
+                    }
                 }
             }
         }
 
-        /** The bytes within the chunks of HTTP/1.1. */
-        private final class Chunked extends InputStream {
-            private final InputStream in;
-
-            Chunked(InputStream in) { this.in = in; }
-
-            @Override public int read() throws IOException {
-                if (left == 0) {
-                    String size = line(in);
-                    left = Integer.parseInt(size.isEmpty() ? line(in) : size, 16);
-                    if (left == 0) throw new IOException("the end");
-                }
-                left--;
-                return in.read();
-            }
-        }
-
-        private synchronized void told(String event, String id, String data) {
-            Cursor cursor = Cursor.of(id);
-            Matcher message = ID.matcher(data);
-            if (event.equals("gap")) wrong(Wrong.gaps, "told of a gap: " + data);
-            else if (cursor == null || !message.find())
-                wrong(Wrong.odd, "a message with the id " + id + " and the data " + data);
-            else {
-                long number = Long.parseLong(message.group(1));
-                if (last != null && !cursor.isAfter(last))
-                    wrong(Wrong.out_of_order, id + " was told after " + lastId);
-                if (!told.add(number)) wrong(Wrong.doubled, "message " + number + " was told twice");
+        private void receive(String event, String id, String data) {
+            if (data == null) lastEventId = id == null ? lastEventId : id; // where the stream begins
+            else if (event.equals("gap")) find("gaps", data);
+            else if (event.equals("message")) {
+                Matcher message = MESSAGE_ID.matcher(data);
+                if (id == null || !message.find()) throw new IllegalArgumentException("id " + id + ", data " + data);
+                Cursor cursor = Cursor.parse(id);
+                if (!cursor.isAfter(last)) find("out-of-order", "expected more than " + lastEventId + ", saw " + id);
+                if (!received.add(Long.parseLong(message.group(1)))) find("doubled", data);
                 last = cursor;
-                lastId = id;
+                lastEventId = id;
             }
         }
 
-        private synchronized void wrong(Wrong what, String line) {
-            wrong.merge(what, 1, Integer::sum);
-            if (evidence.size() < 10) evidence.add(line);
-        }
-
-        boolean misses() { return missing() > 0; }
-
-        private long missing() {
-            return acknowledged.stream().filter(message -> !told.contains(message)).count();
-        }
-
-        synchronized long count(Wrong what) { return what == Wrong.missing ? missing() : wrong.getOrDefault(what, 0); }
-
-        synchronized List<String> evidence() {
-            List<String> all = new ArrayList<>(evidence);
-            if (misses()) all.add(missing() + " of " + acknowledged.size() + " acknowledged messages were never told");
-            return all;
-        }
+        boolean misses() { return missing().findAny().isPresent(); }
+        Stream<Long> missing() { return acknowledged.stream().filter(id -> !received.contains(id)); }
     }
 
-    private static String line(InputStream in) throws IOException {
-        StringBuilder line = new StringBuilder();
-        for (int c; (c = in.read()) != '\n'; ) {
-            if (c < 0) throw new IOException("the end");
-            if (c != '\r') line.append((char) c);
+    /** The id of an event. */
+    private record Cursor(long tx, long id) {
+        static Cursor parse(String text) {
+            String[] parts = text.split("-", 2);
+            return new Cursor(Long.parseLong(parts[0]), Long.parseLong(parts[1]));
         }
-        return line.toString();
+
+        boolean isAfter(Cursor other) { return tx > other.tx || tx == other.tx && id > other.id; }
     }
 }

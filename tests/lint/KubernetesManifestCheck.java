@@ -7,7 +7,6 @@
 import com.google.gson.Gson;
 import com.google.gson.JsonElement;
 import com.google.gson.JsonObject;
-import com.google.gson.JsonParser;
 import io.kubernetes.client.openapi.JSON;
 import org.yaml.snakeyaml.Yaml;
 
@@ -17,95 +16,89 @@ import java.util.Map;
 import java.util.TreeMap;
 
 /**
- * Checks objects of Kubernetes, as {@code kubectl kustomize} prints them, against the schema of its API: each field has
- * to be one that exists, of the right type, and none that is required may be missing. The classes of the project's own
- * Java client are made from that schema and know it. It also checks what no schema says: that each name that one object
- * uses for another is that of an object which is there, and that whoever selects by label finds something.
+ * Checks Kubernetes manifests against the schema of the API, which the classes of the project's Java client contain:
+ * each field exists and has the right type, and no required field is missing. It also checks the references, which no
+ * schema covers: a named object exists, and a selector matches the labels of the pods.
  *
  * <p>{@code kubectl kustomize cluster/kubernetes | jbang tests/lint/KubernetesManifestCheck.java}
  */
 public final class KubernetesManifestCheck {
-    private static final Map<String, String> GROUPS = Map.of("v1", "V1", "apps/v1", "V1", "policy/v1", "V1",
-            "autoscaling/v2", "V2", "networking.k8s.io/v1", "V1");
-    private static final List<String> NEEDED = List.of("Deployment", "Service", "PodDisruptionBudget",
-            "HorizontalPodAutoscaler", "Ingress", "ConfigMap", "Namespace");
+    private static final Map<String, String> APIS = Map.of("Namespace", "v1", "ConfigMap", "v1", "Service", "v1",
+            "Deployment", "apps/v1", "Ingress", "networking.k8s.io/v1", "PodDisruptionBudget", "policy/v1",
+            "HorizontalPodAutoscaler", "autoscaling/v2");
 
-    private final List<String> wrong = new ArrayList<>();
+    private final List<String> findings = new ArrayList<>();
     private final Map<String, JsonObject> objects = new TreeMap<>();
 
     public static void main(String[] args) {
         KubernetesManifestCheck check = new KubernetesManifestCheck();
-        for (Object document : new Yaml().loadAll(System.in))
-            if (document != null) check.add(JsonParser.parseString(new Gson().toJson(document)).getAsJsonObject());
-        check.references();
-        check.wrong.forEach(System.out::println);
-        System.out.println(check.wrong.isEmpty() ? "valid: " + String.join(", ", check.objects.keySet()) : "FAILED");
-        System.exit(check.wrong.isEmpty() ? 0 : 1);
+        new Yaml().loadAll(System.in).forEach(manifest -> check.checkSchema(new Gson().toJsonTree(manifest)));
+        for (String kind : APIS.keySet())
+            if (check.objects.keySet().stream().noneMatch(name -> name.startsWith(kind + "/")))
+                check.findings.add("there is no " + kind);
+        if (check.findings.isEmpty()) check.checkReferences();
+        check.findings.forEach(System.out::println);
+        System.out.println(check.findings.isEmpty() ? "valid: " + check.objects.keySet() : "FAILED");
+        System.exit(check.findings.isEmpty() ? 0 : 1);
     }
 
-    private void add(JsonObject object) {
-        String kind = object.get("kind").getAsString(), group = object.get("apiVersion").getAsString();
-        String name = kind + "/" + object.getAsJsonObject("metadata").get("name").getAsString();
-        objects.put(name, object);
+    private void checkSchema(JsonElement manifest) {
+        String kind = at(manifest, "kind").getAsString(), api = at(manifest, "apiVersion").getAsString();
+        String name = kind + "/" + at(manifest, "metadata", "name").getAsString();
+        objects.put(name, manifest.getAsJsonObject());
+        if (!api.equals(APIS.get(kind))) findings.add(name + ": expected " + APIS.get(kind) + ", saw " + api);
         try {
-            Class<?> type = Class.forName("io.kubernetes.client.openapi.models." + GROUPS.get(group) + kind);
-            type.getMethod("validateJsonElement", JsonElement.class).invoke(null, object);
-            new JSON(); // its own Gson, which knows what dates and quantities look like
-            JSON.getGson().fromJson(object, type);
-        } catch (ClassNotFoundException e) {
-            wrong.add(name + ": expected an API that this check knows, saw " + group);
-        } catch (ReflectiveOperationException e) {
-            wrong.add(name + ": " + e.getCause().getMessage());
-        } catch (RuntimeException e) {
-            wrong.add(name + ": " + e.getMessage());
+            String version = api.substring(api.indexOf('/') + 1).toUpperCase(); // apps/v1: V1Deployment
+            Class<?> type = Class.forName("io.kubernetes.client.openapi.models." + version + kind);
+            type.getMethod("validateJsonElement", JsonElement.class).invoke(null, manifest);
+            new JSON(); // sets up a Gson that knows dates and quantities
+            JSON.getGson().fromJson(manifest, type);
+        } catch (ReflectiveOperationException | RuntimeException e) {
+            findings.add(name + ": " + (e.getCause() == null ? e : e.getCause().getMessage()));
         }
     }
 
-    private void references() {
-        for (String kind : NEEDED)
-            if (objects.keySet().stream().noneMatch(name -> name.startsWith(kind + "/"))) wrong.add("no " + kind);
-        if (!wrong.isEmpty()) return;
-        JsonObject pod = at(objects.get("Deployment/web"), "spec", "template").getAsJsonObject();
-        JsonObject labels = at(pod, "metadata", "labels").getAsJsonObject();
-        selects("Deployment/web", labels, "spec", "selector", "matchLabels");
-        selects("Service/web", labels, "spec", "selector");
-        selects("PodDisruptionBudget/web", labels, "spec", "selector", "matchLabels");
+    private void checkReferences() {
+        JsonElement pod = at(objects.get("Deployment/web"), "spec", "template"), labels = at(pod, "metadata", "labels");
+        JsonElement container = at(pod, "spec", "containers", "0");
+        checkSelector("Deployment/web", at(objects.get("Deployment/web"), "spec", "selector", "matchLabels"), labels);
+        checkSelector("Service/web", at(objects.get("Service/web"), "spec", "selector"), labels);
+        checkSelector("PodDisruptionBudget/web",
+                at(objects.get("PodDisruptionBudget/web"), "spec", "selector", "matchLabels"), labels);
         at(pod, "spec", "topologySpreadConstraints").getAsJsonArray().forEach(constraint ->
-                selects("topologySpreadConstraints", at(constraint, "labelSelector", "matchLabels"), labels));
-        JsonObject scaler = objects.get("HorizontalPodAutoscaler/web");
-        there("Deployment/" + at(scaler, "spec", "scaleTargetRef", "name").getAsString());
-        at(at(objects.get("Ingress/web"), "spec", "rules").getAsJsonArray().get(0), "http", "paths").getAsJsonArray()
-                .forEach(path -> there("Service/" + at(path, "backend", "service", "name").getAsString()));
-        JsonElement container = at(pod, "spec", "containers").getAsJsonArray().get(0);
-        JsonElement from = at(container, "envFrom").getAsJsonArray().get(0);
-        there("ConfigMap/" + at(from, "configMapRef", "name").getAsString());
-        String port = at(at(container, "ports").getAsJsonArray().get(0), "name").getAsString();
-        // What asks a store must not kill: the pods would all be restarted for as long as it is unavailable.
-        Map<String, String> probes = Map.of("startupProbe", "/healthz", "livenessProbe", "/healthz",
-                "readinessProbe", "/readyz");
-        probes.forEach((probe, path) -> {
-            JsonElement get = at(container, probe, "httpGet");
-            if (!at(get, "port").getAsString().equals(port)) wrong.add(probe + ": no such port");
-            if (!at(get, "path").getAsString().equals(path)) wrong.add(probe + ": expected " + path + ", saw " + get);
-        });
+                checkSelector("topologySpreadConstraints", at(constraint, "labelSelector", "matchLabels"), labels));
+        checkExists("Deployment", at(objects.get("HorizontalPodAutoscaler/web"), "spec", "scaleTargetRef", "name"));
+        at(objects.get("Ingress/web"), "spec", "rules", "0", "http", "paths").getAsJsonArray()
+                .forEach(path -> checkExists("Service", at(path, "backend", "service", "name")));
+        checkExists("ConfigMap", at(container, "envFrom", "0", "configMapRef", "name"));
+        // A probe of a store would restart or remove all pods while the store is unavailable.
+        checkProbe(container, "startupProbe", "/healthz");
+        checkProbe(container, "livenessProbe", "/healthz");
+        checkProbe(container, "readinessProbe", "/readyz");
     }
 
-    private void selects(String name, JsonObject labels, String... path) {
-        selects(name, at(objects.get(name), path), labels);
+    private void checkSelector(String name, JsonElement selector, JsonElement labels) {
+        var wanted = selector.getAsJsonObject().entrySet();
+        if (wanted.isEmpty() || !labels.getAsJsonObject().entrySet().containsAll(wanted))
+            findings.add(name + ": expected a selector of the labels " + labels + ", saw " + selector);
     }
 
-    private void selects(String name, JsonElement selector, JsonObject labels) {
-        JsonObject wanted = selector.getAsJsonObject();
-        if (wanted.isEmpty() || !labels.entrySet().containsAll(wanted.entrySet()))
-            wrong.add(name + ": expected a selector of the instances' labels " + labels + ", saw " + selector);
+    private void checkExists(String kind, JsonElement name) {
+        if (!objects.containsKey(kind + "/" + name.getAsString())) findings.add("no " + kind + " has the name " + name);
     }
 
-    private void there(String name) {
-        if (!objects.containsKey(name)) wrong.add(name + " is named, and not there");
+    private void checkProbe(JsonElement container, String probe, String path) {
+        String expected = path + " at " + at(container, "ports", "0", "name");
+        JsonElement get = at(container, probe, "httpGet");
+        String seen = at(get, "path").getAsString() + " at " + at(get, "port");
+        if (!seen.equals(expected)) findings.add(probe + ": expected " + expected + ", saw " + seen);
     }
 
-    private static JsonElement at(JsonElement where, String... path) {
-        for (String name : path) where = where.getAsJsonObject().get(name);
-        return where;
+    /** The value at a path of names and indexes. */
+    private static JsonElement at(JsonElement value, String... path) {
+        for (String name : path)
+            value = value.isJsonArray() ? value.getAsJsonArray().get(Integer.parseInt(name))
+                    : value.getAsJsonObject().get(name);
+        return value;
     }
 }

@@ -409,8 +409,10 @@ class EmbeddedTest {
 
         @Test void has_one_line_with_the_reason_of_a_rejection() throws Exception {
             String id = UUID.randomUUID().toString();
-            running().save("a", "x".repeat(2_001), "X-Request-Id", id).problem(422);
+            String trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+            running().save("a", "x".repeat(2_001), "X-Request-Id", id, "traceparent", trace).problem(422);
             JsonObject line = only(id);
+            assertEquals(trace, line.get("traceparent").getAsString());
             assertTrue(line.keySet().containsAll(Set.of("time", "level", "instance", "event", "request", "method",
                     "path", "status", "reason")), "" + line);
             assertEquals(List.of("program", "POST", "/api/messages", "422"),

@@ -142,7 +142,7 @@ class OpenApiTest {
 
     @Test @Order(2) void is_right_about_unknown_paths_and_methods() {
         Caller one = Servers.one();
-        describedAs("#/components/responses/NotFound", one.get("/nowhere").expect(404), "a path that is not there");
+        describedAs("#/components/responses/Problem", one.get("/nowhere").expect(404), "a path that is not there");
         for (String path : document.getAsJsonObject("paths").keySet())
             describedAs("#/components/responses/MethodNotAllowed",
                     one.send("DELETE", path.replace("{id}", "1"), null).expect(405), "DELETE " + path);

@@ -1,36 +1,37 @@
-# shellcheck shell=bash disable=SC2016,SC2030,SC2031,SC2154,SC2164,SC2317 # sourced by tests/stack/environments
-# --- What the caller's shell brings along: a language, start-up files, an input that ends ----------------------------
+# shellcheck shell=bash disable=SC2016,SC2030,SC2031,SC2154,SC2164,SC2317 # sourced by environments
+# --- The caller's shell: its language, start-up files, an input that ends ---------------------------------------------
 
-# Under the containerd image store, four builds of one name fail, or replace all instances at once.
-env_one_image() { host_case host_one_image; }
-host_one_image() {
+# One service builds the image: in the containerd image store, four builds of one name fail.
+env_one_image() {
+  own_copy
   does "build" docker compose build
   docker image rm --force "$COMPOSE_PROJECT_NAME-web" >"$WORK/rm"
   check "services that build" 1 "$(docker compose config | grep -c '^    build:')"
   does "\`docker compose up\` without the image" docker compose up --detach --no-deps web1 web2
-  does "…and of one that builds nothing" docker compose up --detach --no-deps --scale web-more=1 web-more
+  does "\`docker compose up\` of a service that builds nothing" \
+    docker compose up --detach --no-deps --scale web-extra=1 web-extra
   check "images that the three run" 1 \
     "$(docker compose ps -q | xargs docker inspect --format '{{.Image}}' | sort -u | grep -c .)"
 }
 
-env_no_answer() { host_case host_no_answer; }
-host_no_answer() {
+env_no_answer() {
+  own_copy
   local name
   does "PostgreSQL and Redis" docker compose up --detach --wait postgres redis
   printf '%s\n' a b | while read -r name; do make backup FILE="$WORK/$name"; done >"$WORK/said" 2>&1
   check "backups of a loop that reads two names" 2 "$(grep -c ': 0 messages' "$WORK/said")"
   check "make restore, when the input ends" "Nothing was changed." \
     "$(make restore FILE="$WORK/a" 2>&1 </dev/null | grep -o 'Nothing.*')"
-  check "make clean, when the input ends" "Nothing was removed." "$(make clean 2>&1 </dev/null | grep -o 'Nothing.*')"
+  check "make clean, when the input ends" "Nothing was deleted." "$(make clean 2>&1 </dev/null | grep -o 'Nothing.*')"
 }
 
-env_languages() { host_case host_languages; }
-host_languages() {
+env_languages() {
+  own_copy
   local language
   mkdir "$copy/locales" "$copy/cd" "$copy/cd/scripts"
   for language in tr_TR de_DE; do # the first has an i without a dot, the second a comma in numbers
     localedef -i $language -f UTF-8 "$copy/locales/$language.UTF-8" >"$WORK/said" 2>&1 ||
-      say "        left out: there is no $language here (Debian: apt install locales)"
+      say "        skipped: there is no $language here (Debian: apt install locales)"
   done
   echo include >"$copy/.curlrc"
   echo 'set -o noclobber; ml() { :; }; export -f ml' >"$copy/bash-env"

@@ -1,27 +1,6 @@
-# shellcheck shell=bash disable=SC2016,SC2030,SC2031 # sourced by `environments`; settings stay in a case's shell
+# shellcheck shell=bash disable=SC2016,SC2030,SC2031 # sourced by environments
 # --- The stores: settings that change, starts that are interrupted, values in any script -----------------------------
-# Each case has a project of its own. Instances are asked inside their container; nginx and its port are not needed.
-
-# stores_begin NAME: nothing is left of an earlier run
-stores_begin() {
-  COMPOSE_PROJECT_NAME=threefold-env-$1
-  unset DB_NAME DB_USER DB_PASS REDIS_PASS POSTGRES_PASSWORD COMPOSE_FILE
-  export COMPOSE_PROJECT_NAME
-  stores_end
-}
-stores_end() { docker compose down --volumes --remove-orphans --timeout 1 >"$WORK/down" 2>&1 || cat "$WORK/down"; }
-
-# stores_case NAME FUNCTION: in a shell of its own, so that its settings stay there; hands the failures on
-stores_case() {
-  local code=0
-  (
-    failures=0
-    trap stores_end EXIT; trap 'exit 130' INT TERM
-    stores_begin "$1"; "$2"
-    exit $((failures > 99 ? 99 : failures))
-  ) || code=$?
-  failures=$((failures + code))
-}
+# The instances are requested inside their container; nginx and its port are not needed.
 
 stores_up() { docker compose up --detach --wait --build "$@" >"$WORK/up" 2>&1 || { tail -n 3 "$WORK/up"; return 1; }; }
 up_says()   { if stores_up "$@" >&2; then echo up; else echo "not up"; fi; }
@@ -32,20 +11,20 @@ stored()    { instance http://127.0.0.1:9999/api/messages | grep -oE '"body":"[^
 both_up()   { instance http://127.0.0.1:9999/readyz | grep -oE '"(postgres|redis)":"[a-z]*"' | sort | paste -sd' ' -; }
 UP='"postgres":"up" "redis":"up"'
 
-# log_in USER PASSWORD: over the network, as the service does it
+# log_in USER PASSWORD: by TCP, as the service
 log_in() {
   docker compose exec -T -e PGUSER="$1" -e PGPASSWORD="$2" postgres sh -c \
     'psql -h "$(hostname -i)" -qAtXc "SELECT count(*) >= 0 FROM messages"' 2>&1 | sed 's/.*FATAL: *//'
 }
-# whole: PostgreSQL is healthy, and a message can be stored and read by the service's user
+# whole: the service's user can store and read a message
 whole() {
   docker compose exec -T postgres sh -c 'PGUSER="$DB_USER" PGPASSWORD="$DB_PASS" psql -h "$(hostname -i)" -qAtX' \
     2>&1 <<<"INSERT INTO messages (author, body, instance, request_key) VALUES ('test', 'whole', 'web1', 'c:whole')
              ON CONFLICT DO NOTHING; SELECT body FROM messages WHERE request_key = 'c:whole'"
 }
-# refusal: the one line by which a start of PostgreSQL's container ends
+# refusal: the last line of a container of PostgreSQL that cannot start
 refusal() { timeout 30 docker compose run --rm --no-deps -T postgres 2>&1 </dev/null | sed -n 's/.*cannot start: //p'; }
-# earlier SCRIPTS: PostgreSQL as earlier versions of this project started it, with the image's own start-up
+# earlier SCRIPTS: PostgreSQL, started by the image's own entrypoint
 earlier() {
   chmod 755 "$WORK" "$1"; chmod 644 "$1"/*
   docker compose run --detach --no-deps --name "$COMPOSE_PROJECT_NAME-earlier" --entrypoint docker-entrypoint.sh \
@@ -53,8 +32,8 @@ earlier() {
 }
 no_earlier() { docker rm --force "$COMPOSE_PROJECT_NAME-earlier" >/dev/null; }
 
-env_changed_passwords() { stores_case passwords stores_changed; }
-stores_changed() {
+env_changed_passwords() {
+  own_project
   local began
   check "with the first passwords" "up $UP" "$(up_says web1) $(both_up)"
   check "a message is stored" '"body":"before"' "$(store before)"
@@ -62,7 +41,7 @@ stores_changed() {
   began=$SECONDS
   export DB_PASS='an other' REDIS_PASS="it's \"other\"" POSTGRES_PASSWORD=another
   check "with other passwords on the same volumes" "up $UP" "$(up_says web1) $(both_up)"
-  check "within 20 s" yes "$([ $((SECONDS - began)) -le 20 ] && echo yes || echo $((SECONDS - began)) s)"
+  bound "seconds" "at most" 20 $((SECONDS - began))
   check "the message is there" '"body":"before"' "$(stored)"
   check "the count goes on" '"visits":2' "$(instance http://127.0.0.1:9999/ | grep -oE '"visits":[0-9]+')"
   check "the service's other password" t "$(log_in app 'an other')"
@@ -83,25 +62,25 @@ stores_changed() {
   began=$SECONDS
   check "with another DB_NAME, \`make up\` names" 'the messages of this volume are in "app"' \
     "$(DB_NAME=other make up 2>&1 | grep '^postgres: DB_NAME="other"' | grep -o 'the messages of this volume [^.]*')"
-  check "within 20 s" yes "$([ $((SECONDS - began)) -le 20 ] && echo yes || echo $((SECONDS - began)) s)"
+  bound "seconds" "at most" 20 $((SECONDS - began))
   check "and with the right one again" 'up "body":"after" "body":"before"' "$(up_says web1) $(stored)"
   docker compose exec -T postgres psql -qc 'DELETE FROM messages'
   export DB_NAME=other
   check "with another one, when there is no message" "up $UP" "$(up_says web1) $(both_up)"
 }
 
-env_interrupted_start() { stores_case interrupted stores_interrupted; }
-stores_interrupted() {
+env_interrupted_start() {
+  own_project
   local after
   for after in 0.2 0.5 0.9 1.4; do
     docker compose up --detach postgres redis >"$WORK/up" 2>&1
     sleep "$after"
     docker compose kill --signal KILL >"$WORK/kill" 2>&1
-    docker compose up --detach postgres redis >"$WORK/up" 2>&1 # and while it mends that
+    docker compose up --detach postgres redis >"$WORK/up" 2>&1 # during the recovery
     sleep "$after"
     docker compose kill --signal KILL >"$WORK/kill" 2>&1
     check "killed $after s after its first start" "up whole" "$(up_says postgres redis) $(whole)"
-    stores_end
+    end_project
   done
 
   cp init.sql "$WORK/init.sql"; chmod 755 "$WORK"; chmod 600 "$WORK/init.sql"
@@ -112,11 +91,11 @@ stores_interrupted() {
     "$(make up 2>&1 | grep -o 'chmod .*')"
   chmod 644 "$WORK/init.sql"
   check "after that" "up whole" "$(up_says postgres) $(whole)"
-  check "both within 30 s" yes "$([ $((SECONDS - after)) -le 30 ] && echo yes || echo $((SECONDS - after)) s)"
+  bound "seconds for both" "at most" 30 $((SECONDS - after))
 }
 
-env_volumes_of_earlier_versions() { stores_case earlier stores_earlier; }
-stores_earlier() {
+env_volumes_of_earlier_versions() {
+  own_project
   local after line
   mkdir "$WORK/whole" "$WORK/half"
   cp init.sql "$WORK/whole/10-init.sql"
@@ -131,18 +110,16 @@ SQL
   echo 'SELECT nothing FROM nowhere;' >"$WORK/half/20-app-user.sql"
 
   earlier "$WORK/whole"
-  for _ in $(seq 50); do
-    docker exec "$COMPOSE_PROJECT_NAME-earlier" ls /tmp/made >/dev/null 2>&1 && break; sleep 0.1
-  done
+  wait_for 5 quietly docker exec "$COMPOSE_PROJECT_NAME-earlier" ls /tmp/made 2>/dev/null || fail "it did not start"
   no_earlier
   check "a volume with another password" "up $UP" "$(up_says web1) $(both_up)"
   check "its message" '"body":"of an earlier version"' "$(stored)"
-  stores_end
+  end_project
 
   earlier "$WORK/half"
   docker wait "$COMPOSE_PROJECT_NAME-earlier" >/dev/null; no_earlier
   check "one whose first start failed" "up whole" "$(up_says postgres) $(whole)"
-  stores_end
+  end_project
 
   for after in 0.2 0.5; do
     earlier "$WORK/whole"; sleep $after; no_earlier
@@ -150,14 +127,14 @@ SQL
     else
       line=$(scripts/why) || true
       check "one killed after $after s: what to do" \
-        "nothing is stored in the volume: \`make clean\`, then \`make up\`" "${line##*project; }"
+        "nothing is stored in the volume: \`make clean\`, then \`make up\`" "${line##*interrupted; }"
     fi
-    stores_end
+    end_project
   done
 }
 
-env_values_in_any_script() { stores_case values stores_values; }
-stores_values() {
+env_values_in_any_script() {
+  own_project
   local value
   export DB_PASS='Grüße' REDIS_PASS='пароль'
   check "passwords in other scripts" "up $UP \"body\":\"1\"" "$(up_says web1) $(both_up) $(store 1)"
@@ -165,11 +142,11 @@ stores_values() {
   export REDIS_PASS=$'--save \'"\\ $x\n日本😀 '
   check "the worst that a user's name and passwords can be" "up $UP \"body\":\"2\"" \
     "$(up_says web1) $(both_up) $(store 2)"
-  stores_end
+  end_project
   export DB_NAME='-a=b&c?d/e#f%20 "日本" '\''\ $x'
   check "…and the database's name" "up $UP \"body\":\"3\"" "$(up_says web1) $(both_up) $(store 3)"
   check "\`make psql\` finds it" 3 "$(make psql <<<'SELECT body FROM messages' | grep -o 3)"
-  stores_end
+  end_project
 
   unset DB_NAME DB_USER DB_PASS REDIS_PASS
   echo 'a secret: Grüße' >"$WORK/secret"; chmod 755 "$WORK"; chmod 644 "$WORK/secret"
@@ -178,7 +155,7 @@ stores_values() {
     >"$WORK/secret.yml"
   export COMPOSE_FILE=docker-compose.yml:$WORK/secret.yml
   check "a password from a secret" "up $UP t" "$(up_says web1) $(both_up) $(log_in app 'a secret: Grüße')"
-  stores_end
+  end_project
   unset COMPOSE_FILE
   value="cannot be used: it needs a name of the service's own"
   check "what cannot be a name: postgres" "DB_USER=\"postgres\" $value" "$(DB_USER=postgres refusal)"

@@ -1,5 +1,5 @@
-// The job of Service.java in Fastify, as its documentation says: one process for one processor, schemas for what comes
-// in and goes out.
+// The job of Service.java in Fastify, as its documentation says: one process for one CPU, schemas for requests and
+// responses.
 import Fastify from 'fastify';
 import { Redis } from 'ioredis';
 import pg from 'pg';

@@ -9,7 +9,7 @@
 //DEPS io.netty:netty-transport-native-epoll:4.2.12.Final:linux-aarch_64
 // Annotations that its classes have, for the compiler.
 //DEPS io.vertx:vertx-codegen-api:5.0.10 io.vertx:vertx-codegen-json:5.0.10
-// The job of Service.java in Vert.x: an event loop for each processor, clients that pipeline.
+// The job of Service.java in Vert.x: an event loop for each CPU, clients that pipeline.
 import static java.lang.System.getenv;
 
 import io.vertx.core.DeploymentOptions;
@@ -41,9 +41,9 @@ public final class Peer extends VerticleBase {
     private Future<RedisConnection> counters;
 
     public static void main(String[] arguments) {
-        int processors = Runtime.getRuntime().availableProcessors();
-        Vertx vertx = Vertx.vertx(new VertxOptions().setPreferNativeTransport(true).setEventLoopPoolSize(processors));
-        vertx.deployVerticle(Peer.class.getName(), new DeploymentOptions().setInstances(processors))
+        int cpus = Runtime.getRuntime().availableProcessors();
+        Vertx vertx = Vertx.vertx(new VertxOptions().setPreferNativeTransport(true).setEventLoopPoolSize(cpus));
+        vertx.deployVerticle(Peer.class.getName(), new DeploymentOptions().setInstances(cpus))
             .onSuccess(id -> System.out.println("listening"))
             .onFailure(failure -> { failure.printStackTrace(); System.exit(1); });
     }
