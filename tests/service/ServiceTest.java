@@ -52,11 +52,11 @@ final class ServiceTest {
     static void run(List<Class<?>> subjects, String... names) {
         System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // removed with what libraries unpack
         LogCapture.collect();
+        Servers.three(); // on a busy machine their start takes longer than a test may
         List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
-                "--details=tree",
-                "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
-                + ".generator.default=org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
-                "--config", "junit.jupiter.execution.timeout.default=60 s"));
+                "--details=tree", "--details-theme=ascii", "--disable-ansi-colors", "--config",
+                "junit.jupiter.displayname.generator.default="
+                + "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores", "--config", "junit.jupiter.execution.timeout.default=60 s"));
         for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
         for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
         int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err),
@@ -482,17 +482,18 @@ final class Instance extends Caller implements AutoCloseable {
 
 /** An instance as a program of its own, `java Service` or `jbang Service.java`, with a clean environment. */
 final class Program extends Caller implements AutoCloseable {
+    private static final String CLASS_PATH = System.getProperty("java.class.path");
+
     final Process process;
     private final List<String> out = new ArrayList<>(), err = new ArrayList<>();
     private final List<Thread> readers = new ArrayList<>();
     private final Path pidFile;
 
-    private Program(int port, List<String> command, Map<String, String> environment) throws IOException {
-        super(port);
+    private Program(List<String> command, Map<String, String> environment) throws IOException {
+        super(Servers.freePort());
         ProcessBuilder builder = new ProcessBuilder(command).directory(root().toFile());
         builder.environment().keySet().retainAll(Set.of("PATH", "LANG", "LC_ALL", "JAVA_HOME"));
-        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", ""
-                + port));
+        builder.environment().putAll(Map.of("HOME", "" + Servers.FOLDER, "INSTANCE_ID", "program", "PORT", "" + port));
         builder.environment().putAll(environment);
         process = builder.start();
         pidFile = Files.writeString(Servers.FOLDER.resolve("program-" + process.pid() + ".pid"), "" + process.pid());
@@ -501,35 +502,27 @@ final class Program extends Caller implements AutoCloseable {
     }
 
     static Program java(Map<String, String> environment) throws IOException {
-        return java(Servers.freePort(), environment);
-    }
-
-    static Program java(int port, Map<String, String> environment) throws IOException {
-        return java(port, environment, System.getProperty("java.class.path"));
+        return new Program(command(CLASS_PATH), environment);
     }
 
     /** With the libraries that the image has, which has no embedded servers. */
     static Program withoutServers(Map<String, String> environment) throws IOException {
-        return java(Servers.freePort(), environment, Stream.of(System.getProperty("java.class.path").split(":"))
+        return new Program(command(Stream.of(CLASS_PATH.split(":"))
                 .filter(jar -> !jar.matches(".*/(embedded-|commons-compress-|xz-).*"))
-                .collect(Collectors.joining(":")));
+                .collect(Collectors.joining(":"))), environment);
     }
 
     /** Started by a shell that runs a command first. */
     static Program javaAfter(String before, Map<String, String> environment) throws IOException {
         List<String> command = new ArrayList<>(List.of("sh", "-c", before + "; exec \"$@\"", "sh"));
-        command.addAll(command(System.getProperty("java.class.path")));
-        return new Program(Servers.freePort(), command, environment);
+        command.addAll(command(CLASS_PATH));
+        return new Program(command, environment);
     }
 
     /** Started in a terminal, whose keyboard is the process's standard input. */
     static Program atTerminal(Map<String, String> environment) throws IOException {
-        return new Program(Servers.freePort(), List.of("script", "-qec", "exec '" + String.join("' '",
-                command(System.getProperty("java.class.path"))) + "'", "/dev/null"), environment);
-    }
-
-    private static Program java(int port, Map<String, String> environment, String classPath) throws IOException {
-        return new Program(port, command(classPath), environment);
+        return new Program(List.of("script", "-qec", "exec '" + String.join("' '", command(CLASS_PATH)) + "'",
+                "/dev/null"), environment);
     }
 
     private static List<String> command(String classPath) {
@@ -546,7 +539,7 @@ final class Program extends Caller implements AutoCloseable {
         all.put("JAVA_TOOL_OPTIONS", "-Djava.io.tmpdir=" + Servers.FOLDER);
         for (String name : List.of("JBANG_DIR", "JBANG_CACHE_DIR", "JBANG_REPO", "MAVEN_CENTRAL"))
             if (System.getenv(name) != null) all.put(name, System.getenv(name));
-        return new Program(Servers.freePort(), List.of(root().resolve("jbang").toString(), "Service.java"), all);
+        return new Program(List.of(root().resolve("jbang").toString(), "Service.java"), all);
     }
 
     /** The checkout: where Service.java and jbang are. */
