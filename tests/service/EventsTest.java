@@ -1,7 +1,6 @@
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
-import org.junit.jupiter.api.Nested;
-import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.*;
 import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -505,7 +504,7 @@ class EventsTest {
     }
 
     @Nested class A_slow_subscriber {
-        @Test void costs_little_and_receives_all_in_order_or_is_dropped_after_30_s() throws Exception {
+        @Test @Timeout(120) void costs_little_and_receives_all_in_order_or_is_dropped_after_30_s() throws Exception {
             try (Instance board = new Instance("slow"); RawConnection slow = new RawConnection(board.port, 4_096);
                  RawConnection stalled = new RawConnection(board.port, 4_096);
                  Subscriber other = new Subscriber(board, "")) {

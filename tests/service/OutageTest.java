@@ -371,7 +371,7 @@ class OutageTest {
                 });
                 assertFalse(closing.isDone(), "it waits for the request in flight");
                 slow.send(java.util.Arrays.copyOfRange(request, 500, request.length)).read().expect(201);
-                Wait.until("the stream ended", subscriber::hasEnded);
+                Wait.until("the stream ended", Wait.PROMISED, subscriber::hasEnded);
                 closing.get(3, TimeUnit.SECONDS);
                 Wait.until("it is in the log", () -> LogCapture.all().stream()
                         .anyMatch(line -> line.contains("\"event\":\"stopped\",\"inFlight\":0")));
