@@ -197,13 +197,20 @@ class OutageTest {
             }
         }
 
-        @Test void and_back_after_its_connections_fell_silent_the_first_requests_succeed() throws Exception {
+        @ParameterizedTest @ValueSource(booleans = {false, true})
+        void and_back_after_its_connections_fell_silent_the_first_requests_succeed(boolean refuses) throws Exception {
             try (Proxied proxied = new Proxied("vanished")) {
+                String accept = "ALTER DATABASE " + proxied.database + " ALLOW_CONNECTIONS ";
                 proxied.instance.save("a", "before").expect(201);
                 proxied.instance.get("/api/messages").expect(200);
                 proxied.postgres.vanish();
                 proxied.instance.awaitDegraded();
+                if (refuses) Servers.sql("postgres", accept + "false");
                 proxied.postgres.mend();
+                if (refuses) {
+                    Wait.until("it refuses", () -> LogCapture.all().toString().contains("store_refused"));
+                    Servers.sql("postgres", accept + "true");
+                }
                 Wait.until("it is back", () -> proxied.instance.status().equals("ready"));
                 proxied.instance.save("a", "after").expect(201);
                 proxied.instance.get("/api/messages").expect(200);
@@ -619,17 +626,25 @@ class OutageTest {
             }
         }
 
-        @Test void runs_again_in_order_what_was_too_much_for_one_batch() throws Exception {
+        @Test void runs_again_before_later_requests_what_was_too_much_for_one_batch() throws Exception {
+            CountDownLatch later = new CountDownLatch(1);
             try (var batcher = new Batcher<Integer, Integer>("doubling", new Metrics(), batch -> {
                 gate.await();
+                if (batch.contains(1)) {
+                    busy.countDown();
+                    later.await();
+                }
                 sizes.add(Math.min(batch.size(), 4));
                 return batch.stream().limit(4).map(n -> 2 * n).toList();
             })) {
                 LinkedBlockingQueue<Integer> answers = new LinkedBlockingQueue<>();
                 for (int i = 0; i < 11; i++) batcher.submit(i, Runnable::run).thenAccept(answers::add);
                 gate.countDown();
-                Wait.until("all are answered", () -> answers.size() == 11);
-                assertEquals(IntStream.range(0, 11).mapToObj(n -> 2 * n).toList(), new ArrayList<>(answers));
+                busy.await();
+                for (int i = 11; i < 14; i++) batcher.submit(i, Runnable::run).thenAccept(answers::add);
+                later.countDown();
+                Wait.until("all are answered", () -> answers.size() == 14);
+                assertEquals(IntStream.range(0, 14).mapToObj(n -> 2 * n).toList(), new ArrayList<>(answers));
                 assertTrue(sizes.stream().allMatch(size -> size <= 4), "at once: " + sizes);
             }
         }

@@ -148,6 +148,15 @@ class StoresTest {
             }
         }
 
+        @Test void whose_table_was_dropped_gets_it_again() {
+            try (Instance board = new Instance("dropped")) {
+                board.save("a", "before").expect(201);
+                board.sql("DROP TABLE messages");
+                Wait.until("it stores again", Wait.PROMISED, () -> board.save("a", "after").status() == 201);
+                assertEquals(1, MessagesTest.stored(board, "").size());
+            }
+        }
+
         @Test void that_sends_notices_and_warnings_has_stored_the_message() {
             try (Instance board = new Instance("remarks")) {
                 board.awaitReady();
