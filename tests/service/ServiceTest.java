@@ -56,7 +56,8 @@ final class ServiceTest {
         List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
                 "--details=tree", "--details-theme=ascii", "--disable-ansi-colors", "--config",
                 "junit.jupiter.displayname.generator.default="
-                + "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores", "--config", "junit.jupiter.execution.timeout.default=60 s"));
+                + "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
+                "--config", "junit.jupiter.execution.timeout.default=60 s"));
         for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
         for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
         int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err),
