@@ -449,7 +449,10 @@ test('over HTTP/2, seven windows of which each has its own stream', async () => 
   }
   assert.deepEqual([...protocols], ['h2']);
   await storeMany(`HTTP/2 ${RUN}`, 20);
-  for (const page of windows) await catchesUp(page, `HTTP/2 ${RUN}`, 20);
+  for (const page of windows) {
+    await isShownOnce(page, `HTTP/2 ${RUN} 19`);
+    await catchesUp(page, `HTTP/2 ${RUN}`, 20);
+  }
 });
 
 test('a window that missed a broadcast event reads the newest page', async () => {

@@ -104,6 +104,20 @@ env_odd_clients() {
   odd_log
 }
 
+# The trace of a valid W3C traceparent is in the log; an invalid one is dropped.
+env_traceparent() {
+  local trace=4bf92f3577b34da6a3ce929d0e0e4736 value
+  need_stack
+  for value in "00-$trace-00f067aa0ba902b7-01" "00-$trace-0000000000000000-01" "00-${trace^^}-00f067aa0ba902b7-01" \
+      "ff-$trace-00f067aa0ba902b7-01" "00-$trace-00f067aa0ba902b7-01-x" 'a"b'; do
+    curl -sS -m 5 -o "$WORK/out" "$URL/" -H "X-Request-Id: $RUN-trace" -H "traceparent: $value"
+  done
+  sleep 1.5                        # nginx writes its log once a second
+  check "traceparent in six lines of nginx's log" "00-$trace-00f067aa0ba902b7-01" "$(docker compose logs \
+    --no-log-prefix nginx | grep -F "$RUN-trace" | field traceparent | grep . | paste -sd' ' -)"
+}
+
+
 # The log has no control characters that a terminal would obey.
 odd_log() {
   local path

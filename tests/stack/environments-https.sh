@@ -66,5 +66,5 @@ bad_certificates() {
   TLS_CERT=tls/text refuses "no certificate" 'cannot load certificate "TLS_CERT"' make up
   TLS_KEY=tls/text refuses "no key" 'cannot load certificate key "TLS_KEY"' make up
   TLS_KEY=tls/other.key refuses "the key of another certificate" 'key values mismatch' make up
-  TLS_KEY=tls/unreadable.key refuses "a key that nginx's user cannot read" 'of its container cannot read TLS_KEY' make up
+  TLS_KEY=tls/unreadable.key refuses "a key that nginx cannot read" 'of its container cannot read TLS_KEY' make up
 }
