@@ -50,7 +50,7 @@ RUN mkdir /classes && cd /source \
  && /opt/jdk/bin/javac -Xlint:-options -proc:none -d /classes -cp "/deps/training/*" Service.java \
  && rm Service.java && /opt/jdk/bin/jar --create --file /opt/threefold/service.jar -C /classes . -C /source .
 COPY <<'EOF_OPTIONS' java.options
-# The shares of the container's 192 MB (docker-compose.yml): the heap, with 1,024 waiting requests of the largest size;
+# The shares of the container's 192 MB (docker-compose.yml): the heap, with at most 16 MB for bodies and slow clients;
 # the I/O buffers; the classes; compiled code.
 -Xmx64m
 -XX:MaxDirectMemorySize=24m

@@ -31,10 +31,12 @@ help-all:
 	@$(call list,1)
 
 ##@ Run
-up: ## build the image, start the stack, wait until it is healthy, print its address
-	@. scripts/lib.sh && own_stack && claim_data && check_nginx || $(hint)
-	@docker compose up --detach --build --wait || { scripts/why >&2; false; } || $(hint)
-	@. scripts/lib.sh && reload_nginx && say "Threefold answers at $${HTTPS:+$$HTTPS and }$$URL"
+up: ## build the image, start the stack, wait until it is healthy, print its address (BALANCE=least_conn)
+	@. scripts/lib.sh && own_stack && check_nginx && claim_data || $(hint)
+	@BALANCE=$$(. scripts/lib.sh && first_balance) docker compose up --detach --build --wait || \
+	  { scripts/why >&2; false; } || $(hint)
+	@. scripts/lib.sh && reload_nginx "$${BALANCE:-round-robin}" && \
+	  say "Threefold answers at $${HTTPS:+$$HTTPS and }$$URL"
 
 build: ## build the image of the service
 	@. scripts/lib.sh && own_stack && docker compose build || $(hint)
@@ -59,7 +61,7 @@ offline-images: ##+ build replacements of the official images if no registry can
 	@image/base-images/build $(WHAT)
 
 ##@ See
-exercise: ## send visits and messages for 20 s and show live which instance answers (SECONDS_LONG=20)
+exercise: ## send visits and show live the share, response times and failures of each instance (RATE=, SECONDS_LONG=)
 	@scripts/exercise
 
 logs: ## follow the logs of all containers
@@ -84,7 +86,7 @@ redis-cli: ##+ open a prompt of Redis
 test: ## test the service with real PostgreSQL and Redis, without Docker (NAME=…)
 	@./jbang tests/service/ServiceTest.java $(NAME) && ./jbang tests/service/OpenApiTest.java
 
-test-lb: ## check that requests are spread over all instances
+test-lb: ## check that nginx distributes requests as its load-balancing algorithm promises
 	@tests/stack/lb
 
 test-persist: ## restart, kill and recreate all containers; check that no data are lost
@@ -93,17 +95,26 @@ test-persist: ## restart, kill and recreate all containers; check that no data a
 test-failover: ## kill, stop and hang parts under load; check that no request fails and no data are lost (CASE=…)
 	@tests/stack/failover $(CASE)
 
+lab: ## see which test one changed line turns red, on a copy of the stack (docs/lab.md): make lab EXPERIMENT=3
+	@tests/stack/lab $(or $(EXPERIMENT),list)
+
 test-isolation: ##+ check that clients reach nginx alone and that the backend network has no way out
 	@tests/stack/isolation
 
 bench: ## measure the service beside what PostgreSQL, Redis and nginx can do (QUICK=1: in two minutes)
 	@bench/run
 
+compare-lb: ##+ compare the load-balancing algorithms, with equal instances and with a slow one (QUICK=1: in a minute)
+	@bench/compare-lb
+
 bench-peers: ##+ measure other frameworks beside the service (QUICK=1: in a few minutes)
 	@bench/peers/run
 
 lint: ##+ check each language by its own tool (scripts/lint shell html: two of the checks)
 	@scripts/lint
+
+test-lab: ##+ check that each change of docs/lab.md turns its test red, and that going back turns it green
+	@tests/stack/lab
 
 test-browser: ##+ use the page in a real browser while parts of the stack are killed
 	@tests/browser/run

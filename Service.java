@@ -33,13 +33,6 @@ import com.samskivert.mustache.*;
 import io.prometheus.metrics.core.metrics.*;
 import io.prometheus.metrics.expositionformats.PrometheusTextFormatWriter;
 import io.prometheus.metrics.instrumentation.jvm.*;
-
-import com.google.gson.*;
-import com.google.gson.reflect.TypeToken;
-import com.samskivert.mustache.*;
-import io.prometheus.metrics.core.metrics.*;
-import io.prometheus.metrics.expositionformats.PrometheusTextFormatWriter;
-import io.prometheus.metrics.instrumentation.jvm.*;
 import io.prometheus.metrics.model.registry.PrometheusRegistry;
 import io.undertow.*;
 import io.undertow.io.*;

@@ -1,5 +1,5 @@
 # Draws a picture from the lines that `run` keeps, as SVG on standard output:
-#   gnuplot -e "picture='throughput'; data='results.tsv'" draw.gp      (or latency, instances, pages, peers)
+#   gnuplot -e "picture='throughput'; data='results.tsv'" draw.gp      (or latency, instances, pages, balancing, peers)
 # No background and middling colours, so that they read on white and on black.
 grey = '#737d89'
 blue = '#3b82f6'
@@ -58,6 +58,19 @@ if (picture eq 'pages') {
   plot lines('pages', 'newest', '$3, $4') title 'newest 20' lc rgb blue pt 7, \
        lines('pages', 'middle', '$3, $4') title '20 from the middle' lc rgb orange pt 7, \
        lines('pages', 'one', '$3, $4') title 'one by id' lc rgb green pt 7
+}
+if (picture eq 'balancing') {
+  set style data histograms
+  set style histogram clustered gap 1
+  set xrange [-0.6:3.6]
+  set multiplot layout 1,2
+  set title 'Visits a second'
+  plot lines('balancing', 'equal', '$3, $4') using 2:xtic(1) title 'three equal instances' lc rgb blue, \
+       lines('balancing', 'slowed', '$3, $4') using 2 title 'one slowed to a tenth of a CPU' lc rgb orange
+  set title '99th percentile of the response time in ms'
+  plot lines('balancing', 'equal', '$3, $6') using 2:xtic(1) title 'three equal instances' lc rgb blue, \
+       lines('balancing', 'slowed', '$3, $6') using 2 title 'one slowed to a tenth of a CPU' lc rgb orange
+  unset multiplot
 }
 if (picture eq 'peers') {
   set title 'Requests a second, the same job; nginx and three instances of each, 64 connections'

@@ -1,4 +1,4 @@
--- The requests and the output of wrk: wrk … -s load.lua URL -- get|post|mixed|overload [TEXT [RATE]]
+-- The requests and the output of wrk: wrk … -s load.lua URL -- get|addresses|post|mixed|overload [TEXT [RATE]]
 -- Prints one line: good responses, microseconds, p50 and p99 in microseconds, failed requests, and how they failed; for
 -- `overload`: 201s, 503s with Retry-After, other responses, broken connections.
 local ffi = require("ffi")
@@ -31,6 +31,16 @@ function mix(text)
   end
 end
 
+-- Each request claims the next of 250 client addresses, which are in as many networks (ip_hash ignores the last byte).
+function addresses()
+  local requests, sent = {}, 0
+  for i = 1, 250 do requests[i] = wrk.format("GET", nil, {["X-Forwarded-For"] = "198.18." .. i .. ".1"}) end
+  function request()
+    sent = sent % 250 + 1
+    return requests[sent]
+  end
+end
+
 stored, refused, other = 0, 0, 0
 local function count(status, headers)
   if status == 201 then stored = stored + 1
@@ -40,7 +50,7 @@ end
 
 function init(args)
   overload = args[1] == "overload"
-  if args[1] == "mixed" then mix(args[2]) elseif args[1] ~= "get" then
+  if args[1] == "mixed" then mix(args[2]) elseif args[1] == "addresses" then addresses() elseif args[1] ~= "get" then
     wrk.method = "POST"
     wrk.headers["Content-Type"] = "application/json"
     wrk.body = '{"author":"bench","body":"' .. args[2] .. '"}'

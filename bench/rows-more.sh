@@ -54,7 +54,7 @@ page_time() {
 instances() {
   local unknown=none
   case $1 in 1) unknown='web[23]|web-extra' ;; 3) unknown=web-extra ;; esac
-  sed -E "/server ($unknown):/d" nginx.conf >"$NGINX_CONF" # the same file, which is mounted
+  nginx_conf "${BALANCE:-round-robin}" | sed -E "/server ($unknown):/d" >"$NGINX_CONF" # the file that is mounted
   quietly box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
   wait_for 30 respond "$1" || { say "$seen instances respond, not $1" >&2; return 1; }
 }

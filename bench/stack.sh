@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034,SC2154 # sourced by run and peers/run, whose variables these are
+# shellcheck shell=bash disable=SC2034,SC2154 # sourced by run, compare-lb and peers/run, whose variables these are
 # Figures, containers, load and its measurement.
 
 BEGAN=$SECONDS
@@ -77,7 +77,7 @@ keep_cpu_time() {
 
 # load WAY KIND [CONNECTIONS [SECONDS [RATE]]]: prints requests a second, mean, p50 and p99 in ms
 #   WAY   direct: to web1, without nginx; front: through nginx; else the name of an instance
-#   KIND  visit, post, newest, healthz, or a path
+#   KIND  visit, addresses, post, newest, mixed, healthz, or a path
 load() {
   local way=$1 kind=$2 connections=${3:-64} seconds=${4:-$LONG} threads=2 from=load-backend host=$1 path method=get
   local before after good micros p50 p99 failed how
@@ -85,6 +85,7 @@ load() {
   [ "$connections" -gt 1 ] || threads=1
   case $kind in
     visit) path=/ ;; healthz) path=/healthz ;;
+    addresses) path=/ method=addresses ;;                                # visits, as if from 250 clients
     post) path=/api/messages method=post; fill 1000 || return 1 ;;       # the same table for every run
     newest) path='/api/messages?limit=20'; fill 1000 || return 1 ;;
     mixed) path='/api/messages?limit=20' method=mixed; fill 1000 || return 1 ;;

@@ -305,24 +305,32 @@ function drawCell(instance) {
   cell.textContent = instance ? (instance.match(/[0-9]+$/)?.[0] ?? instance).slice(-2) : '×';
 }
 
+const median = numbers => numbers.sort((a, b) => a - b)[numbers.length >> 1].toFixed(1);
+
 async function sendMany() {
   if ($('send90').ariaDisabled === 'true') return;
   $('send90').ariaDisabled = 'true';
   $('cells').replaceChildren();
   setText($('summary'), '');
-  const byInstance = {};
+  const byInstance = {}, millis = {};
   let sent = 0;
   const sender = async () => {
     while (sent++ < 90) {
+      const start = performance.now();
       const instance = await getJson('/', 15_000).then(answer => answer.instance, () => null);
       drawCell(instance);
-      if (instance) byInstance[instance] = (byInstance[instance] ?? 0) + 1;
+      if (instance) {
+        (millis[instance] ??= []).push(performance.now() - start);
+        byInstance[instance] = millis[instance].length;
+      }
       showShares($('answers'), byInstance);
     }
   };
   await Promise.all([sender(), sender(), sender(), sender()]);
   const failed = $('cells').querySelectorAll(':not(.own)').length;
-  setText($('summary'), failed ? failed + ' of 90 failed' : 'All 90 answered');
+  const medians = [...$('answers').children].map(({ dataset: { name } }) => `${name} ${median(millis[name])} ms`);
+  setText($('summary'), (failed ? failed + ' of 90 failed' : 'All 90 answered')
+    + (medians.length ? '. Median response time: ' + medians.join(', ') : ''));
   $('cells').ariaLabel = $('summary').textContent;
   $('send90').ariaDisabled = 'false';
 }

@@ -5,6 +5,7 @@ unset CDPATH # with it, cd can go elsewhere and prints where
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh
 . scripts/nginx.sh
+. scripts/report.sh
 exec </dev/null # `docker compose exec` and `docker compose run` would read the caller's input
 
 URL=${PORT:-9999} URL=http://localhost:${URL##*:} # PORT can hold an address: 127.0.0.1:9999
@@ -15,7 +16,6 @@ esac
 MONITOR=http://localhost:${MONITOR_PORT:-9090}
 WORK=$(mktemp -d)
 RUN="$(basename "$0")-$$-$RANDOM" # marks this run's requests in all logs
-failures=0
 
 # Before its end, however it ends, a script runs its function `leave`, if it has one.
 at_exit() {
@@ -23,6 +23,7 @@ at_exit() {
   trap '' INT TERM
   ! declare -F leave >/dev/null || leave || true
   rm -rf "$WORK"
+  [ "${JSON:-}" != 1 ] || [ -z "${claim:-}" ] || verdict $code
   exit $code
 }
 trap at_exit EXIT
@@ -32,28 +33,6 @@ need_bash_4() { # what people type first runs on the bash 3.2 of macOS too
   [ "${BASH_VERSINFO[0]}" -lt 4 ] || return 0
   say "This needs bash 4 or newer (here: $BASH_VERSION): brew install bash"
   exit 1
-}
-
-say()  { printf '%s\n' "$*"; }
-pass() { printf '  ok    %s\n' "$*"; }
-fail() { printf '  FAIL  %s\n' "$*"; failures=$((failures + 1)); }
-
-# check WHAT EXPECTED SEEN
-check() { if [ "$2" = "$3" ]; then pass "$1: $3"; else fail "$1: expected $2, saw $3"; fi; }
-
-# bound WHAT "at most" | "at least" LIMIT SEEN
-bound() {
-  local low=$4 high=$3
-  [ "$2" = "at most" ] || low=$3 high=$4
-  if [ "$low" -le "$high" ]; then pass "$1: $4"; else fail "$1: expected $2 $3, saw $4"; fi
-}
-
-# finish: prints the verdict and, after a failure, the last lines of the logs
-finish() {
-  [ "$failures" -gt 0 ] || { say "PASSED"; return; }
-  say "--- the last lines of the logs ---"
-  docker compose logs --tail 15 2>&1 | cut -c1-300
-  say "FAILED: $failures checks"; exit 1
 }
 
 # wait_for SECONDS COMMAND...: repeats it until it succeeds
@@ -90,7 +69,7 @@ project() { docker compose config | sed -n 's/^name: //p'; }
 # instances: a line "service address" for each web container
 instances() {
   local ids
-  ids=$(docker compose ps -q web1 web2 web3 web-extra)
+  ids=$(docker compose ps --format '{{.ID}} {{.Service}}' | sed -n 's/ web.*//p')
   [ -z "$ids" ] || xargs docker inspect --format '{{index .Config.Labels "com.docker.compose.service"}} {{
     range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' <<<"$ids" # macOS' xargs has no -r
 }
@@ -140,8 +119,8 @@ own_stack() {
 # claim_data: a new volume gets the label with this folder. Compose creates a volume with other settings itself.
 claim_data() {
   local volume
-  volume=$(data_volume) && [ -n "$volume" ] || return 1
-  [[ "$volume" != *$'\n'* ]] && ! docker volume inspect "$volume" >/dev/null 2>&1 || return 0
+  volume=$(data_volume) || return 1
+  [ -n "$volume" ] && [[ "$volume" != *$'\n'* ]] && ! docker volume inspect "$volume" >/dev/null 2>&1 || return 0
   docker volume create --label "$FOLDER=$(pwd -P)" --label com.docker.compose.volume=postgres-data \
     --label "com.docker.compose.project=$(project)" "$volume" >/dev/null
 }

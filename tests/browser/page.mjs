@@ -76,6 +76,8 @@ test('90 requests are drawn as they are answered, by at least three instances', 
   assert.equal(cells.filter(isHue).length, 90, 'coloured cells');
   assert.ok(new Set(cells).size >= 3, `colours: ${[...new Set(cells)]}`);
   assert.equal(sum(await numbersIn(page, '#answers .count')), 90, 'counts');
+  const names = await page.$$eval('#answers > li', rows => rows.map(row => row.dataset.name));
+  await shows(page, '#summary', new RegExp('time: ' + names.map(name => name + ' [0-9.]+ ms').join(', ') + '$'));
   assert.equal(await page.getAttribute('#cells', 'aria-label'), await page.textContent('#summary'), 'in words');
 });
 

@@ -1,7 +1,4 @@
-import org.junit.jupiter.api.AfterAll;
-import org.junit.jupiter.api.BeforeAll;
-import org.junit.jupiter.api.Nested;
-import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.*;
 import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
@@ -14,17 +11,11 @@ import java.net.ServerSocket;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
-import java.util.HashMap;
-import java.util.List;
-import java.util.Map;
+import java.util.*;
 
-import static org.junit.jupiter.api.Assertions.assertEquals;
-import static org.junit.jupiter.api.Assertions.assertFalse;
-import static org.junit.jupiter.api.Assertions.assertNull;
-import static org.junit.jupiter.api.Assertions.assertThrows;
-import static org.junit.jupiter.api.Assertions.assertTrue;
+import static org.junit.jupiter.api.Assertions.*;
 
-/** What the environment tells an instance, and what it says to what it can't use. */
+/** The environment of an instance, and its error for each value that it cannot use. */
 @ExtendWith(LogCapture.class)
 class ConfigurationTest {
 
@@ -34,15 +25,15 @@ class ConfigurationTest {
         return Config.from(environment);
     }
 
-    static String refusal(String... namesAndValues) {
-        String said = assertThrows(Config.Invalid.class, () -> config(namesAndValues)).getMessage();
-        assertTrue(said.lines().count() == 1 && !said.contains("\r"), "expected one line, actual: " + said);
-        return said;
+    /** The error of a configuration with these values. */
+    static String error(String... namesAndValues) {
+        String error = assertThrows(Config.Invalid.class, () -> config(namesAndValues)).getMessage();
+        assertTrue(error.lines().count() == 1 && !error.contains("\r"), "expected one line, actual: " + error);
+        return error;
     }
 
-    static void assertSays(String said, String... words) {
-        for (String word : words)
-            assertTrue(said.contains(word), "expected that it says \"" + word + "\", actual: " + said);
+    static void assertContains(String text, String... words) {
+        for (String word : words) assertTrue(text.contains(word), "expected \"" + word + "\", actual: " + text);
     }
 
     static Path file(String name, String content) throws IOException {
@@ -72,15 +63,10 @@ class ConfigurationTest {
                     .contains(config().instance()), config().instance());
         }
 
-        /** A host may be called as it likes. */
         @Test void makes_a_name_of_any_host_name() throws Exception {
             try (Program named = Program.java(Map.of("INSTANCE_ID", "", "HOSTNAME", "ä b" + "x".repeat(70),
                     "DB_HOST", "127.0.0.1", "DB_PORT", "1", "REDIS_HOST", "127.0.0.1", "REDIS_PORT", "1"))) {
-                Wait.until("it answers", Duration.ofSeconds(10), () -> {
-                    try {
-                        return named.get("/healthz").status() == 200;
-                    } catch (AssertionError notYet) { return false; }
-                });
+                Wait.until("it answers", Duration.ofSeconds(10), () -> named.get("/healthz").status() == 200);
                 assertTrue(named.get("/healthz").text("instance").matches("[A-Za-z0-9._-]{64}"));
             }
         }
@@ -97,11 +83,9 @@ class ConfigurationTest {
 
     @Nested class A_port {
         @ParameterizedTest @ValueSource(strings = {"0", "65536", "-1", "abc", "80.5", " 80", "80 ", "1e3", "0x50",
-                "+80",
-                "99999999999999999999", "٨٠", "８０", "80\n81"})
-        void that_is_none_is_refused(String value) {
+                "+80", "99999999999999999999", "٨٠", "８０", "80\n81"}) void that_is_none_is_refused(String value) {
             for (String name : List.of("PORT", "DB_PORT", "REDIS_PORT"))
-                assertSays(refusal(name, value), name + "=", value.strip().substring(0, 1), "1", "65535");
+                assertContains(error(name, value), name + "=", value.strip().substring(0, 1), "1", "65535");
         }
 
         @ParameterizedTest @ValueSource(strings = {"1", "80", "65535"})
@@ -122,35 +106,35 @@ class ConfigurationTest {
         }
 
         @ParameterizedTest @ValueSource(strings = {"DB_PASS", "REDIS_PASS"})
-        void and_a_file_for_it_are_too_much(String name) throws Exception {
+        void and_a_file_for_it_are_refused(String name) throws Exception {
             String file = file("password", "from-file").toString(),
-                    said = refusal(name, "from-env", name + "_FILE", file);
-            assertSays(said, name, name + "_FILE", file);
-            assertFalse(said.contains("from-env") || said.contains("from-file"), said);
+                    error = error(name, "from-env", name + "_FILE", file);
+            assertContains(error, name, name + "_FILE", file);
+            assertFalse(error.contains("from-env") || error.contains("from-file"), error);
         }
 
         @ParameterizedTest @ValueSource(strings = {"/does/not/exist", "/", "relative/and/missing", "\u0000"})
         void file_that_is_not_there_is_refused(String file) {
-            for (String name : List.of("DB_PASS_FILE", "REDIS_PASS_FILE")) assertSays(refusal(name, file), name);
+            for (String name : List.of("DB_PASS_FILE", "REDIS_PASS_FILE")) assertContains(error(name, file), name);
         }
 
         @Test void in_an_address_is_not_printed() {
-            String said = refusal("DB_HOST", "postgres://app:s3cret@db/app");
-            assertSays(said, "DB_HOST", "db/app");
-            assertFalse(said.contains("s3cret"), said);
+            String error = error("DB_HOST", "postgres://app:s3cret@db/app");
+            assertContains(error, "DB_HOST", "db/app");
+            assertFalse(error.contains("s3cret"), error);
         }
 
         @Test void is_in_no_text_that_shows_the_configuration() throws Exception {
-            String text = config("DB_PASS", "tell-nobody", "REDIS_PASS", "tell-nobody").toString();
-            assertFalse(text.contains("tell-nobody"), text);
+            String text = config("DB_PASS", "hush-hush", "REDIS_PASS", "hush-hush").toString();
+            assertFalse(text.contains("hush-hush"), text);
         }
     }
 
     @Nested class A_name_of_an_instance {
         @ParameterizedTest @ValueSource(strings = {"a b", "web/1", "wéb", "web\r\nSet-Cookie: x", "<b>", " ", "\"",
                 "0123456789012345678901234567890123456789012345678901234567890123456789"})
-        void that_has_no_place_in_a_header_is_refused(String name) {
-            assertSays(refusal("INSTANCE_ID", name), "INSTANCE_ID");
+        void that_does_not_fit_into_a_header_is_refused(String name) {
+            assertContains(error("INSTANCE_ID", name), "INSTANCE_ID");
         }
 
         @ParameterizedTest @ValueSource(strings = {"web1", "a", "web-1.example_x", "0"})
@@ -160,7 +144,7 @@ class ConfigurationTest {
     }
 
     @Nested class A_process {
-        /** Ends with 2 and says in one line why. */
+        /** Expects the exit code 2 and one line on standard error, which it returns. */
         static String end(Map<String, String> environment) throws Exception {
             try (Program program = Program.java(environment)) {
                 assertEquals(2, program.exitCode(), "exit code; standard error: " + program.err());
@@ -174,24 +158,25 @@ class ConfigurationTest {
                 "DB_PASS_FILE,/no/such/file,file", "REDIS_PASS_FILE,/no/such/file,file", "DATA_DIR,/dev/null/x,folder"})
         void ends_with_2_and_one_line_for_a_value_it_cannot_use(String name, String value,
                 String right) throws Exception {
-            assertSays(end(Map.of(name, value)), name, value, right);
+            assertContains(end(Map.of(name, value)), name, value, right);
         }
 
         @Test void names_both_variables_and_no_password_when_there_are_two() throws Exception {
-            String said = end(Map.of("DB_PASS", "hush-hush", "DB_PASS_FILE", file("password", "hush-hush").toString()));
-            assertSays(said, "DB_PASS", "DB_PASS_FILE");
-            assertFalse(said.contains("hush-hush"), said);
+            String file = file("password", "hush-hush").toString();
+            String error = end(Map.of("DB_PASS", "hush-hush", "DB_PASS_FILE", file));
+            assertContains(error, "DB_PASS", "DB_PASS_FILE");
+            assertFalse(error.contains("hush-hush"), error);
         }
 
         @Test void ends_with_2_when_its_port_is_taken() throws Exception {
             try (ServerSocket taken = new ServerSocket(0)) {
                 String port = "" + taken.getLocalPort();
-                assertSays(end(Map.of("PORT", port, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")), "PORT",
+                assertContains(end(Map.of("PORT", port, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")), "PORT",
                         port, "free");
             }
         }
 
-        @Test void that_brings_no_servers_has_to_be_told_where_they_are() throws Exception {
+        @Test void without_servers_of_its_own_needs_their_addresses() throws Exception {
             try (Program image = Program.withoutServers(Map.of("REDIS_HOST", "127.0.0.1"))) {
                 assertEquals(2, image.exitCode(), "exit code; standard error: " + image.err());
                 assertEquals(List.of("DB_HOST and REDIS_HOST have to be set: here are no servers to start"),
@@ -200,121 +185,108 @@ class ConfigurationTest {
         }
 
         @Test void ends_with_one_line_even_if_the_value_has_two() throws Exception {
-            assertSays(end(Map.of("PORT", "80\n81")), "PORT");
+            assertContains(end(Map.of("PORT", "80\n81")), "PORT");
         }
     }
 
     @Nested class An_address_to_listen_on {
-        @Test void is_all_there_are_behind_a_proxy_and_this_machine_alone_without_one() throws Exception {
-            try (Instance everywhere = new Instance("dual", Servers.environment(Servers.newDatabase()))) {
+        @Test void is_each_address_behind_a_proxy_and_local_without_one() throws Exception {
+            try (Instance everywhere = new Instance("dual")) {
                 for (String address : List.of("127.0.0.1", "::1"))
                     new java.net.Socket(address, everywhere.port).close();
             }
-            Map<String, String> only = new HashMap<>(Servers.environment(Servers.newDatabase()));
-            only.put("HOST", "127.0.0.1");
-            try (Instance here = new Instance("local", only)) {
+            try (Instance here = new Instance("local", Servers.newDatabase(), "HOST", "127.0.0.1")) {
                 here.get("/healthz").expect(200);
                 assertThrows(IOException.class, () -> new java.net.Socket("::1", here.port).close());
             }
         }
 
         @ParameterizedTest @ValueSource(strings = {"203.0.113.7", "no.such.host.invalid"})
-        void that_is_none_of_this_machine_is_refused(String host) throws Exception {
-            assertSays(A_process.end(Map.of("HOST", host, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")),
+        void of_another_machine_is_refused(String host) throws Exception {
+            assertContains(A_process.end(Map.of("HOST", host, "DB_HOST", "127.0.0.1", "REDIS_HOST", "127.0.0.1")),
                     "HOST", host);
         }
     }
 
     @Nested class Stores_elsewhere {
         @ParameterizedTest @ValueSource(strings = {"a,,b", ",", "db:0", "db:65536", "db:x", "[::1", "a b", "http://db",
-                "db/app", "db?ssl=1", "db#1"})
-        void with_no_address_are_refused(String hosts) {
-            for (String name : List.of("DB_HOST", "REDIS_SENTINELS")) assertSays(refusal(name, hosts), name, hosts);
+                "db/app", "db?ssl=1", "db#1"}) void with_no_address_are_refused(String hosts) {
+            for (String name : List.of("DB_HOST", "REDIS_SENTINELS")) assertContains(error(name, hosts), name, hosts);
         }
 
-        @Test void with_a_name_or_a_password_in_the_address_are_refused_without_telling_it() {
-            String refusal = refusal("DB_HOST", "me:secret@db");
-            assertSays(refusal, "DB_HOST", "***@db");
-            assertFalse(refusal.contains("secret"), refusal);
+        @Test void with_a_password_in_the_address_are_refused_without_printing_it() {
+            String error = error("DB_HOST", "me:secret@db");
+            assertContains(error, "DB_HOST", "***@db");
+            assertFalse(error.contains("secret"), error);
         }
 
         @Test void may_be_several() throws Exception {
             assertEquals("[db1:5432, db2:5433, ::1:5432]",
                     config("DB_HOST", "db1,db2:5433,::1").postgres().hosts().toString());
             assertEquals("threefold", config("REDIS_SENTINELS", "s1,s2,s3:1").redis().master());
+            assertEquals("board", config("REDIS_SENTINELS", "s1", "REDIS_MASTER", "board").redis().master());
         }
 
-        @Test void are_named_in_one_way_only() { assertSays(refusal("REDIS_HOST", "a", "REDIS_SENTINELS", "b"),
+        @Test void are_configured_in_one_way_only() { assertContains(error("REDIS_HOST", "a", "REDIS_SENTINELS", "b"),
                 "REDIS_HOST"); }
 
         @ParameterizedTest @CsvSource({"DB_SSLMODE,maybe,verify-full", "REDIS_TLS,yes,true",
-                "DB_SSLROOTCERT,/no/such/file,file",
-                "REDIS_DB,-1,0", "REDIS_WAIT_REPLICAS,x,100"})
-        void that_can_not_be_used_so_are_refused(String name, String value, String right) {
-            assertSays(refusal(name, value), name, value, right);
+                "DB_SSLROOTCERT,/no/such/file,file", "REDIS_DB,-1,0", "REDIS_WAIT_REPLICAS,x,100"})
+        void with_an_option_that_cannot_be_used_are_refused(String name, String value, String right) {
+            assertContains(error(name, value), name, value, right);
         }
     }
 
-    /** Servers that ask for a password: a Redis of its own, and a database of the shared PostgreSQL. */
+    /** Servers that require a password: a Redis of its own, and a database of the shared PostgreSQL. */
     @Nested class Passwords {
         private static Embedded redis;
-        private static Config.RedisAddress toRedis;
-        private static Map<String, String> environment;
+        private static String database, port;
 
         @BeforeAll static void lockUp() throws Exception {
             redis = new Embedded(config("DATA_DIR", Servers.FOLDER.resolve("locked").toString(), "DB_HOST", "none"));
-            toRedis = Config.from(redis.start(Map.of("DB_HOST", "none"))).redis();
-            try (Jedis jedis = new Jedis("127.0.0.1", toRedis.hosts().getFirst().getPort())) {
-                jedis.auth(toRedis.pass().value());
+            Map<String, String> address = redis.start(Map.of("DB_HOST", "none"));
+            port = address.get("REDIS_PORT");
+            try (Jedis jedis = new Jedis("127.0.0.1", Integer.parseInt(port))) {
+                jedis.auth(address.get("REDIS_PASS"));
                 jedis.configSet("requirepass", "open sesame");
             }
-            String database = Servers.newDatabase();
+            database = Servers.newDatabase();
             Servers.sql(database, "CREATE ROLE keeper LOGIN PASSWORD 'pick me not'; GRANT ALL ON SCHEMA public "
                     + "TO keeper");
             Path access = Path.of(Servers.sql("postgres", "SHOW hba_file").getFirst());
             Files.writeString(access, "host " + database + " keeper 127.0.0.1/32 scram-sha-256\n"
                     + Files.readString(access));
             Servers.sql("postgres", "SELECT pg_reload_conf()");
-            environment = new HashMap<>(Servers.environment(database));
-            environment.putAll(Map.of("REDIS_PORT", "" + toRedis.hosts().getFirst().getPort(), "DB_USER", "keeper"));
         }
 
         @AfterAll static void close() { if (redis != null) redis.close(); }
 
-        static Map<String, String> with(String... namesAndValues) {
-            Map<String, String> all = new HashMap<>(environment);
-            for (int i = 0; i < namesAndValues.length; i += 2) all.put(namesAndValues[i], namesAndValues[i + 1]);
-            return all;
-        }
-
-        @Test void from_variables_open_both() {
-            try (Instance instance = new Instance("guest", with("DB_PASS", "pick me not", "REDIS_PASS",
-                    "open sesame"))) {
+        private static void opens(String... passwords) {
+            try (Instance instance = new Instance("guest", database,
+                    Caller.and(passwords, "REDIS_PORT", port, "DB_USER", "keeper"))) {
                 instance.awaitReady();
-                instance.say("keeper", "let in").expect(201);
+                instance.save("keeper", "let in").expect(201);
                 assertTrue(instance.visits() > 0);
             }
         }
+
+        @Test void from_variables_open_both() { opens("DB_PASS", "pick me not", "REDIS_PASS", "open sesame"); }
 
         @Test void from_files_open_both() throws Exception {
-            try (Instance instance = new Instance("guest", with("DB_PASS", "", "DB_PASS_FILE",
-                    file("db", "pick me not\n").toString(),
-                    "REDIS_PASS", "", "REDIS_PASS_FILE", file("redis", "open sesame\n").toString()))) {
-                instance.awaitReady();
-                instance.say("keeper", "let in").expect(201);
-                assertTrue(instance.visits() > 0);
-            }
+            opens("DB_PASS", "", "DB_PASS_FILE", file("db", "pick me not\n").toString(),
+                    "REDIS_PASS", "", "REDIS_PASS_FILE", file("redis", "open sesame\n").toString());
         }
 
-        @Test void that_are_wrong_are_no_reason_to_print_them() throws Exception {
-            try (Program program = Program.java(with("DB_PASS", "my-guess-1", "REDIS_PASS", "my-guess-2"))) {
+        @Test void that_are_wrong_are_not_printed() throws Exception {
+            try (Program program = Program.java(Servers.environment(database, "DB_USER", "keeper",
+                    "REDIS_PORT", port, "DB_PASS", "my-guess-1", "REDIS_PASS", "my-guess-2"))) {
                 Wait.until("it is up", () -> program.get("/healthz").status() == 200);
-                program.say("keeper", "let in").unavailable();
-                assertTrue(program.get("/").expect(200).json().get("visits").isJsonNull());
+                program.save("keeper", "let in").unavailable();
+                assertFalse(program.counts());
                 program.get("/readyz").expect(503);
-                Wait.until("it logs why", () -> program.out().toString().contains("store_refused"));
-                String said = program.out() + "" + program.err();
-                assertFalse(said.contains("my-guess"), said);
+                Wait.until("it logs the reason", () -> program.out().toString().contains("store_refused"));
+                String error = program.out() + "" + program.err();
+                assertFalse(error.contains("my-guess"), error);
             }
         }
     }

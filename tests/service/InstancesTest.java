@@ -1,44 +1,36 @@
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
-import org.junit.jupiter.api.AfterAll;
-import org.junit.jupiter.api.Test;
-import org.junit.jupiter.api.TestInstance;
+import org.junit.jupiter.api.*;
 import org.junit.jupiter.api.extension.ExtendWith;
 
 import java.io.IOException;
 import java.time.Duration;
 import java.time.Instant;
-import java.util.HashMap;
-import java.util.List;
-import java.util.Map;
-import java.util.TreeMap;
+import java.util.*;
 import java.util.concurrent.CompletableFuture;
 
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
-/** Who is here: each instance knows of all others, and soon of what becomes of them. */
+/** Membership: each instance lists all others with their status. */
 @ExtendWith(LogCapture.class)
 @TestInstance(TestInstance.Lifecycle.PER_CLASS)
 class InstancesTest {
-    private final FaultProxy cable = new FaultProxy(Servers.redisPort());
-    private final Instance one = begin("one", Map.of());
-    private final Instance other = begin("other", Map.of("REDIS_PORT", "" + cable.port()));
+    private final FaultProxy proxy = new FaultProxy(Servers.redisPort());
+    private final Instance one = start("one");
+    private final Instance other = start("other", "REDIS_PORT", "" + proxy.port());
 
     InstancesTest() throws IOException {}
 
-    /** In a database of Redis of their own: the instances of other tests are none of theirs. */
-    private static Instance begin(String name, Map<String, String> more) {
-        Map<String, String> environment = new HashMap<>(Servers.environment(Servers.newDatabase()));
-        environment.put("REDIS_DB", "8");
-        environment.putAll(more);
-        return new Instance(name, environment);
+    /** In a database of Redis of their own, without the instances of other tests. */
+    private static Instance start(String name, String... namesAndValues) {
+        return new Instance(name, Servers.newDatabase(), Caller.and(namesAndValues, "REDIS_DB", "8"));
     }
 
     @AfterAll void close() throws IOException {
         other.close();
         one.close();
-        cable.close();
+        proxy.close();
     }
 
     private static JsonObject seen(Caller by, String name) {
@@ -56,7 +48,7 @@ class InstancesTest {
         Wait.until(name + " is " + state, Duration.ofMillis(millis), () -> state(by, name).equals(state));
     }
 
-    @Test void are_told_alike_by_each() {
+    @Test void are_listed_alike_by_each() {
         for (Instance by : List.of(one, other))
             for (Instance of : List.of(one, other)) awaitState(by, of.name, "ready", 5_000);
         JsonObject row = seen(one, "other");
@@ -71,7 +63,7 @@ class InstancesTest {
         assertEquals(row, same);
     }
 
-    @Test void say_how_much_they_do() {
+    @Test void publish_their_requests_per_second() {
         awaitState(one, "other", "ready", 5_000);
         Wait.until("twenty or more a second", Duration.ofSeconds(5), () -> {
             for (int i = 0; i < 40; i++) other.get("/healthz");
@@ -81,56 +73,56 @@ class InstancesTest {
                 () -> seen(one, "other").get("requestsPerSecond").getAsLong() == 0);
     }
 
-    @Test void that_fall_silent_are_soon_seen_as_silent_then_as_gone_and_are_back_at_once() throws Exception {
+    @Test void without_heartbeats_are_silent_then_gone_and_back_at_once() throws Exception {
         awaitState(one, "other", "ready", 5_000);
-        cable.cut();
+        proxy.cut();
         awaitState(one, "other", "silent", 2_000);
         assertTrue(seen(one, "other").get("requestsPerSecond").isJsonNull());
-        awaitState(other, "one", "unknown", 2_000); // it hears nothing, and knows it
+        awaitState(other, "one", "unknown", 2_000); // it knows that its subscription is lost
         awaitState(other, "other", "unknown", 2_000);
         assertEquals("ready", state(one, "one"));
         awaitState(one, "other", "gone", 10_500);
-        cable.mend();
+        proxy.mend();
         awaitState(one, "other", "ready", 1_500);
-        awaitState(other, "one", "ready", 1_500); // not silent, nor gone: it did not listen
+        awaitState(other, "one", "ready", 1_500); // not silent, nor gone: it was not subscribed
     }
 
-    /** Of one that is dead, nothing is known after a new subscription, until its silence says it. */
-    @Test void that_are_dead_do_not_come_to_life_by_a_new_subscription() throws Exception {
+    /** After a new subscription, the status of a dead instance is unknown until it counts as silent. */
+    @Test void that_are_dead_are_not_ready_after_a_new_subscription() throws Exception {
         try (FaultProxy own = new FaultProxy(Servers.redisPort());
-             Instance mute = begin("mute", Map.of("REDIS_PORT", "" + own.port()))) {
+             Instance mute = start("mute", "REDIS_PORT", "" + own.port())) {
             awaitState(other, mute.name, "ready", 5_000);
             own.cut();
             awaitState(other, mute.name, "silent", 3_000);
-            cable.cut();
+            proxy.cut();
             awaitState(other, "one", "unknown", 2_000);
-            cable.mend();
+            proxy.mend();
             awaitState(other, "one", "ready", 3_000);
             for (int i = 0; i < 200; i++) {
-                assertTrue(!state(other, mute.name).equals("ready"), "it says nothing");
+                assertTrue(!state(other, mute.name).equals("ready"), "it publishes nothing");
                 Thread.sleep(10);
             }
         }
     }
 
-    @Test void that_leave_say_so() throws Exception {
-        Instance leaving = begin("leaving", Map.of("DRAIN_MILLIS", "1500"));
-        awaitState(one, "leaving", "ready", 5_000);
+    @Test void that_shut_down_are_draining_then_gone() throws Exception {
+        Instance stopping = start("stopping", "DRAIN_MILLIS", "1500");
+        awaitState(one, "stopping", "ready", 5_000);
         CompletableFuture<Void> closed = Wait.meanwhile(() -> {
-            leaving.close();
+            stopping.close();
             return null;
         });
-        awaitState(one, "leaving", "draining", 1_500);
+        awaitState(one, "stopping", "draining", 1_500);
         closed.get();
-        awaitState(one, "leaving", "gone", 500);
+        awaitState(one, "stopping", "gone", 500);
     }
 
-    /** As where a new one starts before the old one stops. */
-    @Test void with_one_name_are_the_younger_one_while_it_is_there() throws Exception {
-        try (Instance older = begin("twin", Map.of())) {
+    /** As in a rolling update, where the new one starts before the old one stops. */
+    @Test void with_one_name_are_the_younger_one_until_it_is_gone() throws Exception {
+        try (Instance older = start("twin")) {
             awaitState(one, "twin", "ready", 5_000);
             String first = since("twin");
-            Instance younger = begin("twin", Map.of());
+            Instance younger = start("twin");
             Wait.until("the younger one counts", Duration.ofSeconds(5), () -> !since("twin").equals(first));
             String second = since("twin");
             for (int i = 0; i < 60; i++) { // longer than several heartbeats of both
@@ -144,26 +136,38 @@ class InstancesTest {
         }
     }
 
+    /** A subscription that is younger has missed heartbeats, and would let the counts of living instances go. */
+    @Test void that_live_are_not_known_before_a_minute_of_heartbeats() throws Exception {
+        try (Redis redis = new Redis(Config.from(Servers.environment("none")))) {
+            Membership membership = new Membership(redis);
+            membership.setSubscribed(true);
+            membership.onHeartbeat(new InstanceStatus("young", InstanceStatus.READY, Instant.now().toString(),
+                    Service.VERSION, 0L).json());
+            assertEquals(List.of("young"), membership.all().stream().map(InstanceStatus::instance).toList());
+            assertEquals(Set.of(), membership.recentNames());
+        }
+    }
+
     private String since(String name) { return seen(one, name).get("since").getAsString(); }
 
-    @Test void without_PostgreSQL_say_so() throws Exception {
+    @Test void without_PostgreSQL_are_degraded() throws Exception {
         try (FaultProxy postgres = new FaultProxy(Servers.databasePort());
-             Instance broken = begin("broken", Map.of("DB_PORT", "" + postgres.port()))) {
+             Instance broken = start("broken", "DB_PORT", "" + postgres.port())) {
             awaitState(one, broken.name, "ready", 5_000);
             postgres.cut();
             awaitState(one, broken.name, "degraded", 3_000);
         }
     }
 
-    @Test void are_told_to_viewers_when_something_changes() throws Exception {
-        try (EventsTest.Subscriber viewer = new EventsTest.Subscriber(one, "")) {
-            Wait.until("a first list", () -> !viewer.all("instances").isEmpty());
-            try (Instance late = begin("late", Map.of())) {
-                Wait.until("the new one", () -> viewer.all("instances").getLast().data().contains(late.name));
+    @Test void are_sent_to_subscribers_when_one_changes() throws Exception {
+        try (EventsTest.Subscriber subscriber = new EventsTest.Subscriber(one, "")) {
+            Wait.until("a first list", () -> !subscriber.all("instances").isEmpty());
+            try (Instance late = start("late")) {
+                Wait.until("the new one", () -> subscriber.all("instances").getLast().data().contains(late.name));
             }
             Wait.until("it is gone", () -> {
                 Map<String, String> states = new TreeMap<>();
-                JsonParser.parseString(viewer.all("instances").getLast().data()).getAsJsonArray().forEach(row ->
+                JsonParser.parseString(subscriber.all("instances").getLast().data()).getAsJsonArray().forEach(row ->
                         states.put(row.getAsJsonObject().get("instance").getAsString(),
                                 row.getAsJsonObject().get("state").getAsString()));
                 return states.get("late").equals("gone");

@@ -9,61 +9,22 @@
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
 import org.junit.jupiter.api.AssertionFailureBuilder;
-import org.junit.jupiter.api.extension.BeforeEachCallback;
-import org.junit.jupiter.api.extension.ExtensionContext;
-import org.junit.jupiter.api.extension.TestWatcher;
+import org.junit.jupiter.api.extension.*;
 import org.junit.platform.console.ConsoleLauncher;
 import redis.clients.jedis.Jedis;
 
-import java.io.BufferedReader;
-import java.io.ByteArrayOutputStream;
-import java.io.EOFException;
-import java.io.IOException;
-import java.io.InputStream;
-import java.io.InputStreamReader;
-import java.io.OutputStream;
-import java.io.PrintWriter;
-import java.io.UncheckedIOException;
+import java.io.*;
 import java.lang.management.ManagementFactory;
-import java.net.InetAddress;
-import java.net.InetSocketAddress;
-import java.net.ServerSocket;
-import java.net.Socket;
-import java.net.URI;
-import java.net.http.HttpClient;
-import java.net.http.HttpRequest;
-import java.net.http.HttpResponse;
+import java.net.*;
+import java.net.http.*;
 import java.nio.file.Files;
 import java.nio.file.Path;
-import java.sql.Connection;
-import java.sql.DriverManager;
-import java.sql.ResultSet;
-import java.sql.SQLException;
+import java.sql.*;
 import java.time.Duration;
-import java.util.ArrayList;
-import java.util.Comparator;
-import java.util.HashMap;
-import java.util.LinkedHashMap;
-import java.util.List;
-import java.util.Map;
-import java.util.Set;
-import java.util.TreeMap;
-import java.util.concurrent.Callable;
-import java.util.concurrent.CompletableFuture;
-import java.util.concurrent.ConcurrentHashMap;
-import java.util.concurrent.ConcurrentLinkedDeque;
-import java.util.concurrent.ExecutionException;
-import java.util.concurrent.ExecutorService;
-import java.util.concurrent.Executors;
-import java.util.concurrent.Future;
-import java.util.concurrent.ThreadLocalRandom;
-import java.util.concurrent.TimeUnit;
+import java.util.*;
+import java.util.concurrent.*;
 import java.util.concurrent.atomic.AtomicInteger;
-import java.util.logging.Handler;
-import java.util.logging.Level;
-import java.util.logging.LogManager;
-import java.util.logging.LogRecord;
-import java.util.logging.Logger;
+import java.util.logging.*;
 import java.util.stream.Collectors;
 import java.util.stream.Stream;
 
@@ -78,8 +39,8 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  *   ./jbang tests/service/ServiceTest.java NAME ...    those whose class or method name contains NAME
  * </pre>
  *
- * Here: the list of subjects, and what the tests are written with. What they don't need: Docker, nginx, a
- * port that is free. Those are for tests/ of the stack.
+ * Here: the list of test classes, and what they share. They need neither Docker nor nginx nor a certain port; the tests
+ * of the whole stack are in tests/stack.
  */
 final class ServiceTest {
     static final List<Class<?>> SUBJECTS = List.of(ConfigurationTest.class, HttpTest.class, MessagesTest.class,
@@ -89,31 +50,30 @@ final class ServiceTest {
     public static void main(String[] names) { run(SUBJECTS, names); }
 
     static void run(List<Class<?>> subjects, String... names) {
-        System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // what libraries unpack goes with it
+        System.setProperty("java.io.tmpdir", Servers.FOLDER.toString()); // removed with what libraries unpack
         LogCapture.collect();
+        Servers.three(); // on a busy machine their start takes longer than a test may
         List<String> arguments = new ArrayList<>(List.of("execute", "--disable-banner", "--fail-if-no-tests",
-                "--details=tree",
-                "--details-theme=ascii", "--disable-ansi-colors", "--config", "junit.jupiter.displayname"
-                + ".generator.default=org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
+                "--details=tree", "--details-theme=ascii", "--disable-ansi-colors", "--config",
+                "junit.jupiter.displayname.generator.default="
+                + "org.junit.jupiter.api.DisplayNameGenerator$ReplaceUnderscores",
                 "--config", "junit.jupiter.execution.timeout.default=60 s"));
         for (Class<?> subject : subjects) arguments.add("--select-class=" + subject.getName());
         for (String name : names) arguments.add("--include-methodname=(?i).*" + name.replace(' ', '_') + ".*");
         int code = ConsoleLauncher.run(new PrintWriter(System.out), new PrintWriter(System.err),
-                arguments.toArray(String[]::new))
-                .getExitCode();
+                arguments.toArray(String[]::new)).getExitCode();
         Servers.close();
         System.exit(code);
     }
 }
 
-/** What the services logged, shown for a test that failed: those in this process, and those started as programs. */
+/** The log of all instances, in this process or started as programs; its last lines are printed for a failed test. */
 final class LogCapture implements BeforeEachCallback, TestWatcher {
     private static final ConcurrentLinkedDeque<String> LINES = new ConcurrentLinkedDeque<>();
 
-    /** Takes the lines where the service's own writer would; that one is never started here,
-            so they stay off the screen. */
+    /** Takes the lines instead of the service's own writer, which never starts here; so they stay off the screen. */
     static void collect() {
-        Thread.ofPlatform().name("test-evidence").daemon().start(() -> {
+        Thread.ofPlatform().name("test-log").daemon().start(() -> {
             try {
                 while (true) add(Log.take());
             } catch (InterruptedException e) { /* the end */ }
@@ -145,8 +105,7 @@ final class LogCapture implements BeforeEachCallback, TestWatcher {
 
     static List<String> all() { return new ArrayList<>(LINES); }
 
-    /** The last lines; of those that differ in time and request only, as asking again and again makes them,
-            the last. */
+    /** The last lines; of lines that differ only in time and request, as polling causes them, the last one. */
     static List<String> last(int count) {
         LinkedHashMap<String, String> different = new LinkedHashMap<>();
         for (String line : all()) different.putLast(line.replaceAll("\"(time|request)\":\"[^\"]*\",", ""), line);
@@ -155,9 +114,8 @@ final class LogCapture implements BeforeEachCallback, TestWatcher {
 }
 
 /**
- * The one pair of PostgreSQL and Redis that all tests share, and three instances in front of it. All that a run leaves
- * lies in one folder. A guard, a shell at the other end of a pipe, clears up when this process is gone, even by kill
- * -9.
+ * The PostgreSQL and the Redis that all tests share, with three instances. All files of a run are in one folder. A
+ * guard, a shell at the other end of a pipe, removes them and ends all servers when this process ends, even by kill -9.
  */
 final class Servers {
     static final Path FOLDER = folder();
@@ -177,7 +135,7 @@ final class Servers {
             for file in "$0"/*/redis/redis.pid "$0"/*/postgres/postmaster.pid; do
                 [ -f "$file" ] && pid=$(head -n 1 "$file") && kill -QUIT "$pid" && kill -CONT "$pid"
             done
-            for exe in /proc/[0-9]*/exe; do # on Linux also those that a broken service has lost sight of
+            for exe in /proc/[0-9]*/exe; do # on Linux also those that a broken service has lost
                 case $(readlink "$exe") in "$0"/*) ;; *) continue ;; esac
                 pid=${exe#/proc/}; kill -QUIT "${pid%/exe}"; kill -CONT "${pid%/exe}"
             done
@@ -212,7 +170,7 @@ final class Servers {
     static int redisPort() { return servers().redis().hosts().getFirst().getPort(); }
     static int databasePort() { return servers().postgres().hosts().getFirst().getPort(); }
 
-    /** For a Redis of a test's own. */
+    /** For a test that starts its own Redis. */
     static Path redisProgram() throws IOException {
         servers();
         try (Stream<Path> versions = Files.list(FOLDER.resolve("shared/redis-bin"))) {
@@ -220,32 +178,33 @@ final class Servers {
         }
     }
 
-    /** Of both servers. */
+    /** The password of both servers. */
     static String password() { return servers().redis().pass().value(); }
 
-    /** web1, web2 and web3 on one database, for all tests that leave them as they were. */
+    /** web1, web2 and web3 on one database, for all tests that do not disturb them. */
     static synchronized List<Instance> three() {
         if (three == null) {
             database = newDatabase();
-            three = Stream.of("web1", "web2", "web3").map(name -> new Instance(name, environment(database))).toList();
+            three = Stream.of("web1", "web2", "web3").map(name -> new Instance(name, database)).toList();
             three.forEach(Instance::awaitReady);
         }
         return three;
     }
 
-    /** The database of the three. */
+    /** The database of web1, web2 and web3. */
     static String database() { return database; }
 
     static Instance one() { return three().getFirst(); }
 
-    /** Where the servers are, as an instance is told it; without PORT and INSTANCE_ID. */
-    static Map<String, String> environment(String database) {
-        return Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + redisPort(), "DB_HOST", "127.0.0.1",
-                "DB_PORT", "" + databasePort(), "DB_NAME", database, "DB_USER", "postgres", "DB_PASS", password(),
-                "REDIS_PASS", password(), "DRAIN_MILLIS", "0");
+    /** The environment of an instance that uses both servers, without PORT and INSTANCE_ID; other values override. */
+    static Map<String, String> environment(String database, String... namesAndValues) {
+        Map<String, String> all = new HashMap<>(Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + redisPort(),
+                "DB_HOST", "127.0.0.1", "DB_PORT", "" + databasePort(), "DB_NAME", database, "DB_USER", "postgres",
+                "DB_PASS", password(), "REDIS_PASS", password(), "DRAIN_MILLIS", "0"));
+        for (int i = 0; i < namesAndValues.length; i += 2) all.put(namesAndValues[i], namesAndValues[i + 1]);
+        return all;
     }
 
-    /** A connection of the tests' own. */
     static Jedis jedis() {
         Jedis jedis = new Jedis("127.0.0.1", redisPort());
         jedis.auth(password());
@@ -263,7 +222,7 @@ final class Servers {
                 password());
     }
 
-    /** The first column of the answer, if it is one; tells nothing of the service but what PostgreSQL says. */
+    /** The first column of the result, if there is one. */
     static List<String> sql(String database, String statement) {
         try (Connection connection = connect(database);
              var work = connection.createStatement()) {
@@ -274,7 +233,7 @@ final class Servers {
         } catch (SQLException e) { throw new IllegalStateException(statement, e); }
     }
 
-    /** Below the ports of outgoing connections; also with 10,000 more, where a Redis Cluster listens as well. */
+    /** Below the ports of outgoing connections, also with 10,000 more: the second port of a Redis Cluster. */
     static int freePort() {
         while (true) {
             int port = ThreadLocalRandom.current().nextInt(20_000, 22_700);
@@ -296,9 +255,9 @@ final class Servers {
     }
 }
 
-/** Asks again and again, instead of sleeping and hoping. */
+/** Polls a condition, instead of sleeping for a fixed time. */
 final class Wait {
-    /** What the contract promises for the worst case, and a second for a machine that is busy with other things. */
+    /** The 2 s that the contract promises, and a second more for a busy machine. */
     static final Duration PROMISED = Duration.ofSeconds(2).plusSeconds(1);
 
     interface Condition { boolean holds() throws Exception; }
@@ -315,7 +274,7 @@ final class Wait {
             } catch (Exception | AssertionError e) { last = e; }
             pause();
         } while (System.nanoTime() < end);
-        throw new AssertionError("expected within " + most.toMillis() + " ms: " + what + "; at the last look: " + last);
+        throw new AssertionError("expected within " + most.toMillis() + " ms: " + what + "; in the end: " + last);
     }
 
     private static void pause() {
@@ -324,10 +283,7 @@ final class Wait {
         } catch (InterruptedException e) { throw new IllegalStateException("it took too long", e); }
     }
 
-    /**
-     * Runs this meanwhile, on a thread of its own. Never on the common pool: the HTTP client hands its answers over
-     * there, and on two cores it has one thread.
-     */
+    /** On a thread of its own: the common pool has one thread on two cores, and the HTTP client needs it. */
     static <T> CompletableFuture<T> meanwhile(Callable<T> work) {
         CompletableFuture<T> result = new CompletableFuture<>();
         Thread.ofVirtual().start(() -> {
@@ -338,7 +294,7 @@ final class Wait {
         return result;
     }
 
-    /** Runs all of it at the same time, each in a thread of its own, and gives what came out in the same order. */
+    /** Runs all at the same time, each on a thread of its own; returns the results in the same order. */
     static <T> List<T> together(List<? extends Callable<T>> work) throws Exception {
         try (ExecutorService threads = Executors.newVirtualThreadPerTaskExecutor()) {
             List<T> results = new ArrayList<>();
@@ -348,7 +304,7 @@ final class Wait {
     }
 }
 
-/** What came back. */
+/** A response. */
 record Answer(int status, Map<String, List<String>> headers, String body) {
     String header(String name) {
         List<String> values = headers.get(name);
@@ -367,7 +323,7 @@ record Answer(int status, Map<String, List<String>> headers, String body) {
         return this;
     }
 
-    /** An error as RFC 9457 has it, that names the field or parameter it is about, and tells nothing of our insides. */
+    /** Expects an error of RFC 9457 that names these fields or parameters, and no internals of the service. */
     Answer problem(int expected, String... named) {
         expect(expected);
         String type = header("content-type");
@@ -380,11 +336,11 @@ record Answer(int status, Map<String, List<String>> headers, String body) {
             if (!body.contains(name)) throw new AssertionError("expected a problem that names " + name + ", actual: "
                     + this);
         if (body.contains("Exception") || body.contains("\\tat ") || body.contains(".java"))
-            throw new AssertionError("expected a problem without our insides, actual: " + this);
+            throw new AssertionError("expected a problem without internals, actual: " + this);
         return this;
     }
 
-    /** Says when to come again. */
+    /** Expects a 503 with the time of a retry. */
     Answer unavailable() {
         problem(503);
         if (header("retry-after") == null) throw new AssertionError("expected Retry-After, actual: " + this);
@@ -398,7 +354,7 @@ record Answer(int status, Map<String, List<String>> headers, String body) {
     }
 }
 
-/** Makes requests of one instance. */
+/** Sends requests to one instance. */
 class Caller {
     static final HttpClient CLIENT = HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1)
             .connectTimeout(Duration.ofSeconds(5)).build();
@@ -409,14 +365,14 @@ class Caller {
 
     URI uri(String path) { return URI.create("http://127.0.0.1:" + port + path); }
 
-    RawConnection wire() throws IOException { return new RawConnection(port); }
+    RawConnection connect() throws IOException { return new RawConnection(port); }
 
-    /** One request on a connection of its own, to the byte. */
+    /** Sends exactly these bytes, on a connection of their own. */
     Answer raw(String request) throws IOException {
-        try (RawConnection wire = wire()) { return wire.send(request).read(); }
+        try (RawConnection connection = connect()) { return connection.send(request).read(); }
     }
 
-    /** @param headers names and values in turn */
+    /** @param headers names and values */
     CompletableFuture<Answer> later(String method, String path, byte[] body, String... headers) {
         HttpRequest.Builder request = HttpRequest.newBuilder(uri(path)).timeout(Duration.ofSeconds(20))
                 .method(method, body == null ? HttpRequest.BodyPublishers.noBody()
@@ -443,8 +399,8 @@ class Caller {
 
     Answer post(String json, String... headers) { return post(json.getBytes(UTF_8), headers); }
 
-    /** Sends a message as JSON. */
-    Answer say(String author, String body, String... headers) { return post(message(author, body), headers); }
+    /** Posts a message as JSON. */
+    Answer save(String author, String body, String... headers) { return post(message(author, body), headers); }
 
     Answer form(String encoded, String... headers) {
         return send("POST", "/api/messages", encoded.getBytes(UTF_8), and(headers, "Content-Type", FORM));
@@ -459,11 +415,19 @@ class Caller {
 
     long visits() { return get("/").expect(200).json().get("visits").getAsLong(); }
 
+    /** Whether a visit gets a number, instead of null. */
+    boolean counts() { return !get("/").expect(200).json().get("visits").isJsonNull(); }
+
     long total() { return get("/api/visits").expect(200).json().get("total").getAsLong(); }
+
+    /** The status of /readyz, whatever the code of the response. */
+    String status() { return get("/readyz").text("status"); }
 
     void awaitReady() {
         Wait.until("ready", Duration.ofSeconds(30), () -> get("/readyz").expect(200).text("status").equals("ready"));
     }
+
+    void awaitDegraded() { Wait.until("degraded", () -> status().equals("degraded")); }
 
     /** The value of a metric, its labels included in the name. */
     double metric(String name) {
@@ -476,28 +440,36 @@ class Caller {
     }
 }
 
-/** A service in this process, on a port of its own. */
+/** An instance in this process, on a port of its own. */
 final class Instance extends Caller implements AutoCloseable {
     final Service service;
-    final String name;
+    final String name, database;
     private boolean closed;
 
-    Instance(String name, Map<String, String> environment) { this(name, begin(name, environment)); }
+    /** On a new database. */
+    Instance(String name) { this(name, Servers.newDatabase()); }
 
-    private Instance(String name, Service service) {
+    Instance(String name, String database, String... namesAndValues) {
+        this(name, database, start(name, Servers.environment(database, namesAndValues)));
+    }
+
+    private Instance(String name, String database, Service service) {
         super(service.port());
         this.name = name;
+        this.database = database;
         this.service = service;
     }
 
-    private static Service begin(String name, Map<String, String> environment) {
+    List<String> sql(String statement) { return Servers.sql(database, statement); }
+
+    private static Service start(String name, Map<String, String> environment) {
         for (int tries = 1; ; tries++) {
             Map<String, String> all = new HashMap<>(environment);
             all.put("INSTANCE_ID", name);
             all.put("PORT", "" + Servers.freePort());
             try {
                 return new Service(Config.from(all)).start();
-            } catch (Config.Invalid e) { // somebody else had that port first
+            } catch (Config.Invalid e) { // another program took the port first
                 if (tries == 3) throw new IllegalStateException(e);
             } catch (IOException e) { throw new UncheckedIOException(e); }
         }
@@ -509,20 +481,20 @@ final class Instance extends Caller implements AutoCloseable {
     }
 }
 
-/** A service as a program of its own, `java Service` or `jbang Service.java`,
-        with nothing in its environment but this. */
+/** An instance as a program of its own, `java Service` or `jbang Service.java`, with a clean environment. */
 final class Program extends Caller implements AutoCloseable {
+    private static final String CLASS_PATH = System.getProperty("java.class.path");
+
     final Process process;
     private final List<String> out = new ArrayList<>(), err = new ArrayList<>();
     private final List<Thread> readers = new ArrayList<>();
     private final Path pidFile;
 
-    private Program(int port, List<String> command, Map<String, String> environment) throws IOException {
-        super(port);
+    private Program(List<String> command, Map<String, String> environment) throws IOException {
+        super(Servers.freePort());
         ProcessBuilder builder = new ProcessBuilder(command).directory(root().toFile());
         builder.environment().keySet().retainAll(Set.of("PATH", "LANG", "LC_ALL", "JAVA_HOME"));
-        builder.environment().putAll(Map.of("HOME", Servers.FOLDER.toString(), "INSTANCE_ID", "program", "PORT", ""
-                + port));
+        builder.environment().putAll(Map.of("HOME", "" + Servers.FOLDER, "INSTANCE_ID", "program", "PORT", "" + port));
         builder.environment().putAll(environment);
         process = builder.start();
         pidFile = Files.writeString(Servers.FOLDER.resolve("program-" + process.pid() + ".pid"), "" + process.pid());
@@ -531,35 +503,27 @@ final class Program extends Caller implements AutoCloseable {
     }
 
     static Program java(Map<String, String> environment) throws IOException {
-        return java(Servers.freePort(), environment);
+        return new Program(command(CLASS_PATH), environment);
     }
 
-    static Program java(int port, Map<String, String> environment) throws IOException {
-        return java(port, environment, System.getProperty("java.class.path"));
-    }
-
-    /** With what the image has of the libraries: no servers to start. */
+    /** With the libraries that the image has, which has no embedded servers. */
     static Program withoutServers(Map<String, String> environment) throws IOException {
-        return java(Servers.freePort(), environment, Stream.of(System.getProperty("java.class.path").split(":"))
+        return new Program(command(Stream.of(CLASS_PATH.split(":"))
                 .filter(jar -> !jar.matches(".*/(embedded-|commons-compress-|xz-).*"))
-                .collect(Collectors.joining(":")));
+                .collect(Collectors.joining(":"))), environment);
     }
 
-    /** Started by a shell that does something first. */
+    /** Started by a shell that runs a command first. */
     static Program javaAfter(String before, Map<String, String> environment) throws IOException {
         List<String> command = new ArrayList<>(List.of("sh", "-c", before + "; exec \"$@\"", "sh"));
-        command.addAll(command(System.getProperty("java.class.path")));
-        return new Program(Servers.freePort(), command, environment);
+        command.addAll(command(CLASS_PATH));
+        return new Program(command, environment);
     }
 
-    /** Started at a terminal, whose keyboard is the process's standard input. */
+    /** Started in a terminal, whose keyboard is the process's standard input. */
     static Program atTerminal(Map<String, String> environment) throws IOException {
-        return new Program(Servers.freePort(), List.of("script", "-qec", "exec '" + String.join("' '",
-                command(System.getProperty("java.class.path"))) + "'", "/dev/null"), environment);
-    }
-
-    private static Program java(int port, Map<String, String> environment, String classPath) throws IOException {
-        return new Program(port, command(classPath), environment);
+        return new Program(List.of("script", "-qec", "exec '" + String.join("' '", command(CLASS_PATH)) + "'",
+                "/dev/null"), environment);
     }
 
     private static List<String> command(String classPath) {
@@ -572,11 +536,11 @@ final class Program extends Caller implements AutoCloseable {
 
     static Program jbang(Map<String, String> environment) throws IOException {
         Map<String, String> all = new HashMap<>(environment);
-        all.put("HOME", System.getProperty("user.home")); // what JBang has fetched is there
+        all.put("HOME", System.getProperty("user.home")); // JBang's downloads are there
         all.put("JAVA_TOOL_OPTIONS", "-Djava.io.tmpdir=" + Servers.FOLDER);
         for (String name : List.of("JBANG_DIR", "JBANG_CACHE_DIR", "JBANG_REPO", "MAVEN_CENTRAL"))
             if (System.getenv(name) != null) all.put(name, System.getenv(name));
-        return new Program(Servers.freePort(), List.of(root().resolve("jbang").toString(), "Service.java"), all);
+        return new Program(List.of(root().resolve("jbang").toString(), "Service.java"), all);
     }
 
     /** The checkout: where Service.java and jbang are. */
@@ -615,14 +579,14 @@ final class Program extends Caller implements AutoCloseable {
     }
 }
 
-/** A bare connection, for what no HTTP client would send. */
+/** A TCP connection, to send what no HTTP client would send. */
 final class RawConnection implements AutoCloseable {
     final Socket socket;
     private final InputStream in;
 
     RawConnection(int port) throws IOException { this(port, 0); }
 
-    /** @param buffer how many bytes may wait to be read, 0: as the system likes */
+    /** @param buffer the size of the receive buffer, 0: the system's default */
     RawConnection(int port, int buffer) throws IOException {
         socket = new Socket();
         if (buffer > 0) socket.setReceiveBufferSize(buffer);
@@ -638,11 +602,11 @@ final class RawConnection implements AutoCloseable {
         return this;
     }
 
-    /** Sends all of it even if the other side stops listening: it may have answered before it did. */
+    /** Sends also to a server that has closed the connection: its response may have arrived before. */
     RawConnection push(byte[] bytes) {
         try {
             send(bytes);
-        } catch (IOException e) { /* the answer tells */ }
+        } catch (IOException e) { /* the response matters */ }
         return this;
     }
 
@@ -675,10 +639,7 @@ final class RawConnection implements AutoCloseable {
         return all.toByteArray();
     }
 
-    /** The next line of a stream. */
-    String readLine() throws IOException { return line(); }
-
-    private String line() throws IOException {
+    String line() throws IOException {
         ByteArrayOutputStream line = new ByteArrayOutputStream();
         for (int c; (c = in.read()) != '\n'; ) {
             if (c < 0) throw new EOFException("expected an answer, but the connection was closed after \"" + line
@@ -688,85 +649,75 @@ final class RawConnection implements AutoCloseable {
         return line.toString(ISO_8859_1).stripTrailing();
     }
 
-    /** Whether the other side hung up; waits for it. */
+    /** Waits for the end of the connection; false if it stays open. */
     boolean isClosed() {
         try {
             return in.read() < 0;
         } catch (java.net.SocketTimeoutException e) { return false; } catch (IOException e) { return true; }
     }
 
-    /** Reads on to the end of a chunked answer, or of the connection; false if there is none. */
-    boolean endsAfterWhatIsLeft() {
-        try {
-            for (String line = ""; !line.equals("0"); ) line = line();
-            return true;
-        } catch (java.net.SocketTimeoutException e) { return false; } catch (IOException e) { return true; }
-    }
-
     @Override public void close() throws IOException { socket.close(); }
 }
 
-/** The way to a server, that can be cut, mended, left hanging, or made to lose an answer. */
+/** A TCP proxy in front of a server that can be cut, hang, be mended, or lose one response. */
 final class FaultProxy implements AutoCloseable {
-    private final int port;
-    private final Set<Socket> ends = ConcurrentHashMap.newKeySet();
+    private final int port = Servers.freePort(), target;
+    private final Set<Socket> sockets = ConcurrentHashMap.newKeySet();
     private final AtomicInteger accepted = new AtomicInteger();
-    private volatile int target, line;
+    private volatile int generation; // connections of an earlier one never go on
     private volatile boolean hanging, closed;
     private volatile String losing;
-    private volatile ServerSocket entry;
+    private volatile ServerSocket listener;
 
     FaultProxy(int target) throws IOException {
         this.target = target;
-        this.port = Servers.freePort();
         mend();
     }
 
     int port() { return port; }
 
-    /** How many connections came this way. */
+    /** The number of connections so far. */
     int accepted() { return accepted.get(); }
 
-    void leadTo(int target) { this.target = target; }
-
-    /** From now on nothing comes through, and nobody is told. */
+    /** Holds back all bytes of open and new connections until mended. */
     void hang() { hanging = true; }
 
-    /** As a machine that loses power: what is open never says anything again, and new ones are refused until mended. */
+    /** As a server that loses power: open connections are silent for ever, new ones are refused until mended. */
     void vanish() throws IOException {
-        line++;
-        ServerSocket was = entry;
-        entry = null;
-        was.close();
+        generation++;
+        stopListening();
     }
 
-    /** From now on every connection is refused, those that are open end. */
+    /** Closes open connections, and refuses new ones until mended. */
     void cut() throws IOException {
-        ServerSocket was = entry;
-        entry = null;
+        stopListening();
+        for (Socket socket : sockets) drop(socket);
+    }
+
+    private void stopListening() throws IOException {
+        ServerSocket was = listener;
+        listener = null;
         if (was != null) was.close();
-        for (Socket end : ends) drop(end);
     }
 
     synchronized void mend() throws IOException {
         hanging = false;
-        if (entry != null) return;
+        if (listener != null) return;
         ServerSocket opened = new ServerSocket();
         opened.setReuseAddress(true);
-        for (int tries = 0; !opened.isBound();
-                tries++) // the socket that was cut may take a moment to let go of the port
+        for (int tries = 0; !opened.isBound(); tries++) // the port of a socket just closed may be taken for a moment
             try {
                 opened.bind(new InetSocketAddress(InetAddress.getLoopbackAddress(), port), 200);
             } catch (java.net.BindException e) {
                 if (tries == 100) throw e;
                 java.util.concurrent.locks.LockSupport.parkNanos(20_000_000);
             }
-        entry = opened;
+        listener = opened;
         Thread.ofVirtual().start(() -> accept(opened));
     }
 
-    /** What is said with this word in it arrives, but its answer is lost, and the connection with it. Once. */
-    void loseAnswerTo(String word) { losing = word; }
+    /** Passes on the next request with this word in it, and closes the connection instead of its response. */
+    void loseResponseTo(String word) { losing = word; }
 
     boolean hasLost() { return losing == null; }
 
@@ -776,7 +727,7 @@ final class FaultProxy implements AutoCloseable {
             try {
                 here = at.accept();
                 accepted.incrementAndGet();
-                ends.add(here);
+                sockets.add(here);
                 Socket from = here;
                 Thread.ofVirtual().start(() -> join(from));
             } catch (IOException e) { drop(here); }
@@ -784,47 +735,47 @@ final class FaultProxy implements AutoCloseable {
     }
 
     private void join(Socket here) {
-        int itsLine = line;
+        int openedIn = generation;
         try {
-            waitWhileHanging(itsLine);
+            waitWhileHanging(openedIn);
             Socket there = new Socket("127.0.0.1", target);
-            ends.add(there);
+            sockets.add(there);
             AtomicInteger lost = new AtomicInteger();
-            Thread.ofVirtual().start(() -> pump(here, there, lost, true, itsLine));
-            pump(there, here, lost, false, itsLine);
+            Thread.ofVirtual().start(() -> pump(here, there, lost, true, openedIn));
+            pump(there, here, lost, false, openedIn);
         } catch (IOException | InterruptedException e) { drop(here); }
     }
 
-    private void pump(Socket from, Socket to, AtomicInteger lost, boolean questions, int itsLine) {
+    private void pump(Socket from, Socket to, AtomicInteger lost, boolean requests, int openedIn) {
         try {
             byte[] bytes = new byte[65_536];
             InputStream in = from.getInputStream();
             OutputStream out = to.getOutputStream();
             for (int count; (count = in.read(bytes)) >= 0; out.write(bytes, 0, count)) {
-                waitWhileHanging(itsLine);
+                waitWhileHanging(openedIn);
                 String word = losing;
-                if (questions && word != null && new String(bytes, 0, count, ISO_8859_1).contains(word)) lost.set(1);
-                if (!questions && lost.get() == 1) {
+                if (requests && word != null && new String(bytes, 0, count, ISO_8859_1).contains(word)) lost.set(1);
+                if (!requests && lost.get() == 1) {
                     losing = null;
                     break;
                 }
             }
-        } catch (IOException | InterruptedException e) { /* then both ends go */ }
+        } catch (IOException | InterruptedException e) { /* then both ends close */ }
         drop(from);
         drop(to);
     }
 
-    private void waitWhileHanging(int itsLine) throws InterruptedException {
-        while ((hanging || itsLine != line) && !closed) Thread.sleep(5);
+    private void waitWhileHanging(int openedIn) throws InterruptedException {
+        while ((hanging || openedIn != generation) && !closed) Thread.sleep(5);
     }
 
-    private void drop(Socket end) {
+    private void drop(Socket socket) {
         try {
-            if (end != null && ends.remove(end)) {
-                end.setSoLinger(true, 0);
-                end.close();
+            if (socket != null && sockets.remove(socket)) {
+                socket.setSoLinger(true, 0);
+                socket.close();
             }
-        } catch (IOException e) { /* it is gone */ }
+        } catch (IOException e) { /* it was closed already */ }
     }
 
     @Override public void close() throws IOException {

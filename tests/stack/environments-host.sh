@@ -132,30 +132,6 @@ env_second_clone() {
   check "containers after that" "" "$(ids)"
 }
 
-# A changed nginx.conf is put into force without a failed request.
-env_nginx_conf() {
-  own_copy
-  local load
-  does "make up" make up
-  header() { curl -sS -m 5 -D - -o /dev/null "http://localhost:$PORT/healthz" | tr -d '\r' | sed -n 's/^X-Test: //p'; }
-  while [ ! -e "$WORK/enough" ]; do
-    curl -sS -m 9 -o /dev/null -w '%{http_code}\n' "http://localhost:$PORT/?[1-20]" 2>&1
-  done >"$WORK/load" & load=$!
-  sed -i 's/^    server_tokens off;/&\n    add_header X-Test one;/' nginx.conf    # as editors do it: a new file
-  does "make up with a changed nginx.conf" make up
-  check "in force" one "$(header)"
-  sed -i 's/X-Test one/X-Test two/' nginx.conf
-  does "make rolling with a changed nginx.conf" make rolling
-  check "in force" two "$(header)"
-  touch "$WORK/enough"; wait $load; rm "$WORK/enough"
-  check "of $(wc -l <"$WORK/load") requests meanwhile, failed" 0 "$(grep -vc '^200$' "$WORK/load" || true)"
-  docker compose restart nginx >"$WORK/out" 2>&1 && wait_ready
-  check "after a restart of its container" two "$(header)"
-  sed -i 's/X-Test two;/X-Test two/' nginx.conf
-  refuses "make up with an error in it" "nginx.conf cannot be used" make up </dev/null
-  check "still in force" two "$(header)"
-}
-
 # Answers to questions by a pipe.
 env_answers() {
   own_copy

@@ -117,7 +117,6 @@ env_traceparent() {
     --no-log-prefix nginx | grep -F "$RUN-trace" | field traceparent | grep . | paste -sd' ' -)"
 }
 
-
 # The log has no control characters that a terminal would obey.
 odd_log() {
   local path

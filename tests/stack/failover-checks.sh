@@ -101,6 +101,53 @@ rejected() {
     END { print status, type, id }') $(field status <"$WORK/body")"
 }
 
+# Alive, ready and healthy are three things: PostgreSQL serves all instances, so its end says nothing about one of them.
+check_health() {
+  local all="web1 web2 web3" codes used
+  docker compose stop postgres
+  wait_for 5 holds each /readyz "degraded 200" || true
+  each /healthz "ok 200"
+  each /readyz "degraded 200"
+  codes=$(health_checks)
+  check "exit codes of Docker's health checks, without PostgreSQL" "web1 0 web2 0 web3 0 nginx 0" "$codes"
+  check "instances that nginx uses, without PostgreSQL" "$all" "$(in_use)"
+  check "a message, without PostgreSQL" 503 "$(post test-failover "$RUN health" | tail -n 1)"
+  check "a visit, without PostgreSQL" 200 "$(curl -sS -m 5 -o "$WORK/visit" -w '%{http_code}' "$URL/")"
+  start postgres && postgres_is_back || fail "PostgreSQL starts"
+  wait_for 5 holds each /readyz "ready 200" || fail "5 s after PostgreSQL is back: $(cat "$WORK/holds")"
+  check "a message, with PostgreSQL" 201 "$(post test-failover "$RUN health" | tail -n 1)"
+
+  say 'services: {web2: {healthcheck: {test: ["CMD", "false"], interval: 1s, start_period: 0s, retries: 1}}}' \
+    >"$WORK/unhealthy.yml"
+  docker compose -f docker-compose.yml -f "$WORK/unhealthy.yml" up --detach --no-deps --no-build web2
+  wait_for 20 unhealthy web2 && wait_for 5 serves web2 || fail "web2 is unhealthy and serves"
+  used=$(in_use)
+  check "instances that nginx uses, while Docker calls web2 unhealthy" "$all" "$used"
+  check "web2 in Docker" "unhealthy, 0 restarts" "$(docker compose ps -q web2 |
+    xargs docker inspect --format '{{.State.Health.Status}}, {{.RestartCount}} restarts')"
+  replace web2
+  summary="without PostgreSQL, health checks: $codes; while web2 is unhealthy, nginx uses $used"
+}
+
+# each PATH "WORD STATUS": the response of each instance itself
+each() {
+  check "GET $1 of each instance" "web1 $2 web2 $2 web3 $2" "$(docker compose exec -T nginx sh -c '
+    for name in web1 web2 web3; do
+      curl -sS --noproxy "*" -m 5 -w " %{http_code}\n" "http://$name:9999$1" | sed "s/^/$name /"
+    done' sh "$1" | sed -E 's/\{.*"status":"([a-z]+)".*\}/\1/' | paste -sd' ' -)"
+}
+# health_checks: runs the health check of each container now, instead of within its 30 s
+health_checks() {
+  local service words
+  for service in web1 web2 web3 nginx; do
+    mapfile -t words < <(docker compose ps -q $service |
+      xargs docker inspect --format '{{range slice .Config.Healthcheck.Test 1}}{{println .}}{{end}}' | grep .)
+    docker compose exec -T $service "${words[@]}" >&2 && say "$service 0" || say "$service $?"
+  done | paste -sd' ' -
+}
+in_use()    { curl -sS -m 5 "$URL/healthz?[1-30]" | grep -oE '"web[0-9a-z-]+"' | tr -d '"' | sort -u | paste -sd' ' -; }
+unhealthy() { [ "$(docker compose ps --format '{{.Health}}' "$1")" = unhealthy ]; }
+
 check_no_stores() {
   local printed code=0
   printed=$(docker run --rm "$(docker inspect --format '{{.Image}}' "$(docker compose ps -q web1)")" 2>&1) || code=$?

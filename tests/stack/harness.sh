@@ -92,13 +92,13 @@ choose_cases() {
 
 # run_cases: `run_case NAME MODE LIMIT` of the script runs a case; a failed check is a failed case
 run_cases() {
-  local name mode limit before began
+  local name mode limit before began earlier
   for name in $chosen; do
     read -r name mode limit _ < <(cases | grep "^$name ")
-    before=$failures began=$SECONDS summary='' more=''
+    before=$failures earlier=$failed began=$SECONDS summary='' more=''
     run_case "$name" "$mode" "$limit" >"$WORK/case" 2>&1 || failures=$((failures + 1))
     if [ "$failures" = "$before" ]; then printf '  ok    %-20s %s\n' "$name" "$summary"; continue; fi
-    failures=$((before + 1))
+    failures=$((before + 1)) failed="$earlier; $name: ${failed#"$earlier; "}"
     printf '  FAIL  %-20s %s\n' "$name" "$summary"
     sed 's/^/        /' "$WORK/case" | cut -c1-400
     after_failure "$began"
