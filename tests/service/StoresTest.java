@@ -481,10 +481,9 @@ class StoresTest {
     }
 
     @Nested class A_PostgreSQL_with_TLS {
-        private static Path folder;
+        private static final Path folder = Servers.FOLDER.resolve("tls");
 
         @BeforeAll static void certificates() throws Exception {
-            folder = Files.createDirectories(Servers.FOLDER.resolve("tls"));
             run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ca",
                     "-keyout", "ca.key", "-out", "ca.crt");
             run("openssl", "x509", "-in", "ca.crt", "-outform", "der", "-out", "ca.der");
@@ -508,7 +507,8 @@ class StoresTest {
         }
 
         private static void run(String... command) throws Exception {
-            Process process = new ProcessBuilder(command).directory(folder.toFile()).redirectErrorStream(true).start();
+            Process process = new ProcessBuilder(command).directory(Files.createDirectories(folder).toFile())
+                    .redirectErrorStream(true).start();
             String output = new String(process.getInputStream().readAllBytes());
             assertEquals(0, process.waitFor(), output);
         }
