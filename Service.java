@@ -2726,13 +2726,24 @@ final class Metrics {
     }
 
     synchronized byte[] text() {
-        if (!jvmRegistered) JvmMetrics.builder().register(registry); // not earlier: JMX takes long to start
-        jvmRegistered = true;
+        registerJvm();
         try {
             ByteArrayOutputStream text = new ByteArrayOutputStream();
             PrometheusTextFormatWriter.create().write(text, registry.scrape());
             return text.toByteArray();
         } catch (IOException e) { throw new UncheckedIOException(e); }
+    }
+
+    /** When first read: JMX takes long to start. Not all of JvmMetrics, whose counters have exemplars. */
+    private void registerJvm() {
+        if (jvmRegistered) return;
+        jvmRegistered = true;
+        JvmMemoryMetrics.builder().register(registry);
+        JvmBufferPoolMetrics.builder().register(registry);
+        JvmGarbageCollectorMetrics.builder().register(registry);
+        JvmThreadsMetrics.builder().register(registry);
+        JvmCompilationMetrics.builder().register(registry);
+        ProcessMetrics.builder().register(registry);
     }
 }
 
