@@ -376,6 +376,7 @@ class OutageTest {
                         return false;
                     } catch (ConnectException e) { return true; }
                 });
+                Thread.sleep(1_000);
                 assertFalse(closing.isDone(), "it waits for the request in flight");
                 slow.send(java.util.Arrays.copyOfRange(request, 500, request.length)).read().expect(201);
                 Wait.until("the stream ended", Wait.PROMISED, subscriber::hasEnded);
