@@ -30,7 +30,7 @@ env_reverse_proxy() {
   sleep 1.5
   check "a trusted nginx: the client of the request" \
     "$(docker network inspect --format '{{range .IPAM.Config}}{{.Gateway}}{{end}}' "$network")" \
-    "$(docker logs "$RUN-trusting" | sed -n "s/.*$RUN-trusted\",\"client\":\"\([^\"]*\).*/\1/p")"
+    "$(docker logs "$RUN-trusting" 2>/dev/null | grep -F "$RUN-trusted" | field client)"
 }
 
 proxy_conf() {

@@ -110,7 +110,7 @@ SQL
   echo 'SELECT nothing FROM nowhere;' >"$WORK/half/20-app-user.sql"
 
   earlier "$WORK/whole"
-  wait_for 5 quietly docker exec "$COMPOSE_PROJECT_NAME-earlier" ls /tmp/made 2>/dev/null || fail "it did not start"
+  wait_for 20 quietly docker exec "$COMPOSE_PROJECT_NAME-earlier" ls /tmp/made 2>/dev/null || fail "it did not start"
   no_earlier
   check "a volume with another password" "up $UP" "$(up_says web1) $(both_up)"
   check "its message" '"body":"of an earlier version"' "$(stored)"
