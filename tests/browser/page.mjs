@@ -504,8 +504,12 @@ if (process.env.OWN_STACK) test('after a restore the page shows all that is stor
     if (await pages[0].isVisible('#older')) await pages[0].click('#older');
     await host('load ' + name);
     await noneHasAGap();
-    const { total } = await getJson('/api/visits');
-    for (const page of pages) await shows(page, '#total', total.toLocaleString('en'), 5000);
+    for (const page of pages)
+      await until('the page shows the total', async () => {
+        const [shown, { total }] = [await page.innerText('#total'), await getJson('/api/visits')];
+        assert.equal(shown.trim(), total.toLocaleString('en'));
+        return true;
+      }, 5000);
     if (name !== 'another') await store(`after ${name}`);
     await noneHasAGap();
   }
