@@ -3,6 +3,9 @@
 
 nginx_runs() { [ -n "$(docker compose ps -q --status running nginx)" ]; }
 
+# nginx_conf ALGORITHM: nginx.conf with this load-balancing algorithm
+nginx_conf() { sed "s/#$1 //" nginx.conf; }
+
 # balance: the load-balancing algorithm in force, or the one that nginx will start with
 balance() {
   # shellcheck disable=SC2016 # expanded in the container
@@ -17,7 +20,7 @@ first_balance() { nginx_runs && docker compose exec -T nginx printenv BALANCE ||
 # container's /tmp/new; prints which of them nginx does not use yet
 send_nginx() {
   local file
-  mkdir -p "$WORK/new" && sed "s/#$1 //" nginx.conf >"$WORK/new/nginx.conf"
+  mkdir -p "$WORK/new" && nginx_conf "$1" >"$WORK/new/nginx.conf"
   for file in ${TLS_CERT:+TLS_CERT TLS_KEY}; do
     (umask 077; cat "${!file}" >"$WORK/new/$file") 2>"$WORK/nginx" ||
       { say "$file=\"${!file}\" cannot be used, nothing was changed: $(sed 's/.*: //' "$WORK/nginx")" >&2; exit 1; }
