@@ -2016,17 +2016,14 @@ final class Batcher<Q, A> implements AutoCloseable {
         try {
             List<Q> questions = batch.stream().map(Pending::question).toList();
             answers = inline == null ? work.run(questions) : WouldBlock.whileForbidden(() -> work.run(questions));
-        } catch (Throwable e) {
-            failure = e;
-        } finally {
-            runInline = failure == null && System.nanoTime() - began < QUICK_NANOS;
-            batchLock.unlock();
-        }
+        } catch (Throwable e) { failure = e; }
         int answered = failure instanceof WouldBlock ? 0 : failure != null ? batch.size() : answers.size();
-        if (answered < batch.size()) {
+        if (answered < batch.size()) { // before the lock is free: they run before later requests
             waiting.addAndGet(batch.size() - answered);
             queue.addFirst(batch.subList(answered, batch.size()));
         }
+        runInline = failure == null && System.nanoTime() - began < QUICK_NANOS;
+        batchLock.unlock();
         if (answered == 0) return;
         sizes.accept(answered);
         complete(batch.subList(0, answered), answers, failure, inline);
