@@ -933,8 +933,7 @@ final class Events implements AutoCloseable {
         private final StreamSinkChannel sink;
         private final Thread thread = Thread.currentThread();
         private Cursor position;       // all events up to here are sent; null: unknown until PostgreSQL answers
-        private boolean gap;           // the events between gapStart and position are not sent
-        private Cursor gapStart;
+        private Cursor gapStart;       // while position is null: the last event that was sent
         private Cursor queriedMark;    // the high-water mark up to which events are sent
         private int limit = MAX_EVENTS;
         private byte[] sentCounts, sentInstances;
@@ -986,8 +985,7 @@ final class Events implements AutoCloseable {
                 position = first.end();
                 first = null;
             }
-            gap = position == null;
-            send(null, ((gap ? "" : "id: " + position + "\n") + "retry: 1000\n\n").getBytes(UTF_8));
+            send(null, ((position == null ? "" : "id: " + position + "\n") + "retry: 1000\n\n").getBytes(UTF_8));
             if (first != null) deliver(first);
         }
 
@@ -1020,12 +1018,10 @@ final class Events implements AutoCloseable {
 
         private void deliver(Chunk chunk) throws IOException {
             if (!chunk.isCursorValid()) { // then from now on
-                gap = true;
                 gapStart = position;
                 position = null;
             } else if (position == null) {
                 position = chunk.end();
-                gap = false;
                 send("gap", frame("gap", position, Json.object("after", gapStart)));
             } else if (chunk.events() > 0) {
                 send(null, chunk.bytes());
@@ -1472,8 +1468,8 @@ final class Messages implements AutoCloseable {
     Messages(Postgres postgres, String instance, Metrics metrics) {
         this.instance = instance;
         forWrites = postgres.session(Messages::requireNoStuckCommit);
-        forReads = postgres.session(connection -> null);
-        forEvents = postgres.session(connection -> null);
+        forReads = postgres.session();
+        forEvents = postgres.session();
         forProbes = postgres.session(Messages::ensureSchema);
         writes = new Batcher<>("writes", metrics, this::save);
         reads = new Batcher<>("reads", metrics, this::pages);
@@ -1713,9 +1709,9 @@ final class Counters implements AutoCloseable {
     Counters(Redis redis, String instance, Metrics metrics) {
         this.redis = redis;
         this.instance = instance;
-        forVisits = redis.session(connection -> null);
-        forReads = redis.session(connection -> null);
-        forPolls = redis.session(connection -> null);
+        forVisits = redis.session();
+        forReads = redis.session();
+        forPolls = redis.session();
         visits = new Batcher<>("visits", metrics, batch -> count(batch.size()));
         reads = new Batcher<>("counts", metrics, batch -> Collections.nCopies(batch.size(), read(forReads)));
     }
@@ -1813,7 +1809,7 @@ final class Membership implements AutoCloseable {
     Membership(Redis redis) {
         this.redis = redis;
         channel = "threefold:instances:" + redis.database();
-        session = redis.session(connection -> null);
+        session = redis.session();
     }
 
     void start() { Thread.ofPlatform().name("membership").daemon().start(this::listen); }
@@ -2141,6 +2137,8 @@ abstract class Store<C> implements AutoCloseable {
     boolean isUp() { return state == State.UP; }
     boolean hasBeenUp() { return hasBeenUp; }
     String state() { return state.name().toLowerCase(Locale.ROOT); }
+
+    Session session() { return session(connection -> null); }
 
     /** @param prepare run on each new connection, before any work */
     Session session(Work<C, Void> prepare) {

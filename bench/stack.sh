@@ -16,6 +16,8 @@ image_mb() { # IMAGE: unpacked; some folders are root's
   docker run --rm --user 0 --entrypoint du "$1" -skx / 2>"$WORK/log" | awk '{ printf "%.1f", $1 / 1024 }'
 }
 
+remove_stack() { docker compose down --volumes --remove-orphans --timeout 0; }
+
 quick()   { [ "${QUICK:-}" = 1 ]; }
 now()     { printf '%s' "${EPOCHREALTIME:-$(date +%s)}"; }
 calc()    { awk "BEGIN { printf \"%.${2:-4}f\", $1 }"; }

@@ -6,15 +6,15 @@ nginx_runs() { [ -n "$(docker compose ps -q --status running nginx)" ]; }
 # nginx_conf ALGORITHM: nginx.conf with this load-balancing algorithm
 nginx_conf() { sed "s/#$1 //" nginx.conf; }
 
-# balance: the load-balancing algorithm in force, or the one that nginx will start with
+# balance: the load-balancing algorithm in force, or, if nginx does not run, the one that it will start with
 balance() {
   # shellcheck disable=SC2016 # expanded in the container
-  nginx_runs && docker compose exec -T nginx sh -c 'cat "/balance/$(hostname)" 2>/dev/null || echo "$BALANCE"' ||
+  docker compose exec -T nginx sh -c 'cat "/balance/$(hostname)" 2>/dev/null || echo "$BALANCE"' 2>/dev/null ||
     say "${BALANCE:-round-robin}"
 }
 
 # first_balance: the algorithm with which nginx was started, so that Compose keeps its container; reload_nginx follows
-first_balance() { nginx_runs && docker compose exec -T nginx printenv BALANCE || say "${BALANCE:-round-robin}"; }
+first_balance() { docker compose exec -T nginx printenv BALANCE 2>/dev/null || say "${BALANCE:-round-robin}"; }
 
 # send_nginx ALGORITHM: copies nginx.conf with this algorithm and, for HTTPS, the certificate and its key into the
 # container's /tmp/new; prints which of them nginx does not use yet
@@ -56,7 +56,6 @@ check_nginx() {
 # reload_nginx ALGORITHM: puts what has changed into force, with this load-balancing algorithm, without a failed
 # request; check_nginx comes first
 reload_nginx() {
-  nginx_runs || return 0
   local changed before
   before=$(balance)
   changed=$(send_nginx "$1") || exit 1

@@ -363,7 +363,7 @@ class StoresTest {
 
         @Test void in_the_middle_of_a_long_statement_is_closed_at_once() throws Exception {
             Postgres postgres = new Postgres(Config.from(Servers.environment(Servers.newDatabase())));
-            var session = postgres.session(connection -> null);
+            var session = postgres.session();
             var statement = Wait.meanwhile(() -> session.attempt(connection -> {
                 connection.setNetworkTimeout(Runnable::run, 60_000);
                 return connection.createStatement().execute("SET statement_timeout = 0; SELECT pg_sleep(20)");
