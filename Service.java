@@ -2128,7 +2128,7 @@ abstract class Store<C> implements AutoCloseable {
     /** Whether another connection may do what this one failed to do. */
     abstract boolean isLost(Exception failure);
 
-    /** Whether work whose connection was lost may be repeated on another one. */
+    /** Whether a request's work may be repeated on another connection if its own was lost. */
     abstract boolean mayRepeat();
 
     /** Called before a connection is used that was idle for a second. */
@@ -2239,14 +2239,19 @@ abstract class Store<C> implements AutoCloseable {
         <T> T run(Work<C, T> work) throws InterruptedException {
             if (!awaitUp()) throw new StoreException(title, true, null);
             try {
-                return attempt(work);
+                return attempt(work, mayRepeat());
             } catch (WouldBlock | StoreException e) {
                 throw e;
             } catch (Exception e) { throw failed(e); }
         }
 
-        /** Runs the work also while the store is down, with the store's own exceptions: for probes. */
-        synchronized <T> T attempt(Work<C, T> work) throws Exception {
+        /**
+         * Runs the work also while the store is down, with the store's own exceptions: for probes. It is repeated if
+         * the connection was lost, which says nothing about the server.
+         */
+        <T> T attempt(Work<C, T> work) throws Exception { return attempt(work, true); }
+
+        private synchronized <T> T attempt(Work<C, T> work, boolean mayRepeat) throws Exception {
             if (openedIn != generation) discard();
             if (connection != null && System.nanoTime() - usedAt > IDLE_NANOS) testIdle();
             for (boolean fresh = connection == null; ; fresh = true) {
@@ -2259,7 +2264,7 @@ abstract class Store<C> implements AutoCloseable {
                 } catch (Exception e) {
                     if (isOutage(e) || isLost(e)) discard();
                     if (fresh || !isLost(e) || isTimeout(e)) throw e;
-                    if (!mayRepeat()) throw new IOException("the connection was lost", e);
+                    if (!mayRepeat) throw new IOException("the connection was lost", e);
                 }
             }
         }

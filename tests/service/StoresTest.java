@@ -649,10 +649,11 @@ class StoresTest {
                 try (Jedis jedis = new Jedis("127.0.0.1", server.port)) {
                     jedis.sendCommand(redis.clients.jedis.Protocol.Command.CLIENT, "KILL", "TYPE", "normal");
                 }
-                for (int i = 0; i < 5; i++) {
+                for (int i = 0; i < 60; i++) { // longer than two probes
                     board.get("/").expect(200);
                     board.get("/api/visits");
                     assertEquals("ready", board.status());
+                    Thread.sleep(10);
                 }
                 assertTrue(board.visits() > 2);
                 assertFalse(LogCapture.all().toString().contains("store_unavailable"), "" + LogCapture.last(5));
