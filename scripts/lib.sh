@@ -137,11 +137,11 @@ need_stack() {
 # compose_up ARGUMENT...: starts containers and waits until they are healthy
 compose_up() { quietly docker compose up --detach --no-deps --wait "$@"; }
 
-# new_stack: an empty stack, removed at the script's end
+# new_stack: an empty stack of this checkout (an image of this name may be an older one), removed at the script's end
 new_stack() {
   leave() { docker compose down --volumes --remove-orphans --timeout 1 >/dev/null 2>&1; }
   leave || true
-  quietly docker compose up --detach --wait "$@"
+  quietly docker compose up --build --detach --wait
 }
 
 # prometheus QUERY: a line "value labels" for each result

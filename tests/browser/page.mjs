@@ -506,9 +506,9 @@ if (process.env.OWN_STACK) test('after a restore the page shows all that is stor
     await noneHasAGap();
     for (const page of pages)
       await until('the page shows the total', async () => {
-        const [shown, { total }] = [await page.innerText('#total'), await getJson('/api/visits')];
-        assert.equal(shown.trim(), total.toLocaleString('en'));
-        return true;
+        const [shown, stored] = [await page.innerText('#total'), await getJson('/api/visits')];
+        return shown.trim() === stored.total.toLocaleString('en')
+          || assert.fail(`${shown}, but ${JSON.stringify(stored)} is stored; after ${name}, page ${pages.indexOf(page)}`);
       }, 5000);
     if (name !== 'another') await store(`after ${name}`);
     await noneHasAGap();
