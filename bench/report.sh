@@ -32,8 +32,8 @@ table() {
         $11 == "yes" ? "ok" : $11 == "no" ? "MISSED" : "" }'
   say ""
   if quick; then say "One run of 1 s each without a warm-up: it shows that the bench works, not the speed."
-  else say "Medians of $RUNS runs of $LONG s, in turn with the figures for comparison; a ratio is the median of the"
-       say "rounds' ratios. One client has $PAIRS runs of $PAGE s, pages $RUNS of $PAGE s, the start $STARTS runs."; fi
+  else say "Warmed up for $WARM_UP s. Medians of $RUNS runs of $LONG s, in turn with the figures for comparison; a ratio"
+       say "is the median of the rounds' ratios. One client has $PAIRS runs of $PAGE s, pages $RUNS of $PAGE s, the start $STARTS runs."; fi
 }
 
 cpu_table() {
@@ -67,6 +67,7 @@ write_results() {
   box_in load-backend jq -Rn -f /bench/results.jq <"$DATA" >"$OUT/bench.json"
   for picture in throughput latency instances pages; do
     kind=${picture/throughput/row}
+    [ "$picture" != throughput ] || grep -q "^row.[1-6]$(printf '\t')" "$DATA" || continue
     ! grep -q "^$kind" "$DATA" || pictures+=("$picture")
   done
   pictures "$DATA" "${pictures[@]}"

@@ -66,11 +66,11 @@ respond() {
 # Each instance has so small a share of a CPU that the instances, and not the machine, are the limit. 64 connections for
 # each.
 by_instances() {
-  local unmetered=1 round n kind name ours theirs all=(web1-1 web2-1 web3-1 web-extra-1 web-extra-2 web-extra-3)
+  local unmetered=1 round n kind name ours theirs
   progress "12  six instances"
   COMPOSE_FILE=$COMPOSE_FILE:bench/small.yml compose_up --scale web-extra=3 web1 web2 web3 web-extra
   instances 6
-  quick || warm_up "front:visit front:post" "${all[@]}"
+  warm_up "$WARM_UP" visit post
   share_of_each "$SHARE"
   rm -f "$WORK"/by-*
   for round in $(seq "$RUNS"); do

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # sourced by run, whose variables these are
-# Rows 1 to 10, 13, 16, 17 and 19: one function each, in the order in which they run.
+# Rows 1 to 10, 13, 16, 17, 19 and 20: one function each, in the order in which they run.
 
 # Rows 16 and 17: each new instance has a load of its own, from its start on.
 first_seconds() {
@@ -20,37 +20,46 @@ cold_rows() {
   row 17 "$2, the first second after the start" "$second" /s "warmed up" "$ours" "$(ratio "$second" "$ours")" least 0.45
 }
 
-compiled() { # INSTANCE...: the CPU seconds of their compilers
-  for name in "$@"; do docker exec "$COMPOSE_PROJECT_NAME-$name" wget -qO- http://127.0.0.1:9999/metrics; done |
-    awk '/^jvm_compilation_time_seconds_total/ { sum += $2 } END { print sum + 0 }'
-}
-
-# warm_up LOADS INSTANCE...: these loads in turn until the compilers take less than 2 % of the time, or for WARM_MOST
-# seconds. Sets `warmed`, in seconds, and `share`, the compilers' last share.
+# warm_up SECONDS KIND...: these kinds of load in turn, through nginx, for this time. A file for each kind has a line
+# "SECONDS RATE" for each of its loads: when it began, and its requests a second.
 warm_up() {
-  local began=$SECONDS before one round_began unmetered=1 loads=$1; shift
-  while :; do
-    before=$(compiled "$@") round_began=$SECONDS
-    for one in $loads; do load "${one%:*}" "${one#*:}" 64 "$WARM" >"$WORK/warm"; done
-    share=$(calc "($(compiled "$@") - $before) / ($SECONDS - $round_began) * 100" 1) warmed=$((SECONDS - began))
-    progress "warming up: the compilers took $share % of the last $((SECONDS - round_began)) s"
-    [ "$warmed" -ge "$WARM_LEAST" ] || continue
-    [ "$warmed" -lt "$WARM_MOST" ] && awk "BEGIN { exit !($share >= 2) }" || break
+  local began=$SECONDS seconds=$1 kind at unmetered=1; shift
+  rm -f "$WORK"/warmed-*
+  while at=$((SECONDS - began)); [ $at -lt "$seconds" ]; do
+    progress "warming up: $at of $seconds s"
+    for kind; do
+      at=$((SECONDS - began))
+      printf '%s %s\n' $at "$(rate front "$kind" 64 "$WARM")" >>"$WORK/warmed-$kind"
+    done
   done
 }
 
+# Row 20: new instances, since the ones before had the load of rows 16 and 17. The load straight to one is for rows 1-3.
 warm_up_three() {
-  local loads="front:visit front:post front:newest"
-  quick || loads+=" front:healthz direct:visit direct:post direct:newest"
-  warm_up "$loads" web1-1 web2-1 web3-1
-  keep fact warmUpSeconds "$warmed"
-  keep fact compilersPercentAtItsEnd "$share"
+  local kind name unmetered=1
+  quietly docker compose up --detach --wait --no-deps --force-recreate web1 web2 web3
+  find_meters
+  warm_up "$WARM_UP" visit post newest
+  keep fact warmUpSeconds "$WARM_UP"
+  for kind in visit post newest; do
+    case $kind in visit) name="GET /" ;; post) name=POST ;; newest) name="newest 20" ;; esac
+    quick || warmed_row "$kind" "$name"
+    load direct "$kind" 64 "$LONG" >"$WORK/warm"
+  done
+}
+
+# warmed_row KIND NAME: its loads that began from the 24th to the 36th second, and its last three
+warmed_row() {
+  local early late
+  early=$(awk '$1 >= 24 && $1 < 36 { sum += $2; n++ } END { print sum / n }' "$WORK/warmed-$1")
+  late=$(tail -n 3 "$WORK/warmed-$1" | awk '{ sum += $2 } END { print sum / NR }')
+  row 20 "$2, after 30 s of load" "$early" /s "after $WARM_UP s of load" "$late" "$(ratio "$early" "$late")" least 0.95
 }
 
 # in_status SERVICE FIELD: of its process 1, in KB
 in_status() { box "$1" sed -n "s/^$2:[^0-9]*\\([0-9]*\\).*/\\1/p" /proc/1/status; }
 
-# Row 13, after a minute and more at top speed
+# Row 13, after the warm-up
 memory() {
   local n most=0 kb
   for n in 1 2 3; do
