@@ -32,8 +32,9 @@ table() {
         $11 == "yes" ? "ok" : $11 == "no" ? "MISSED" : "" }'
   say ""
   if quick; then say "One run of 1 s each without a warm-up: it shows that the bench works, not the speed."
-  else say "Warmed up for $WARM_UP s. Medians of $RUNS runs of $LONG s, in turn with the figures for comparison; a ratio"
-       say "is the median of the rounds' ratios. One client has $PAIRS runs of $PAGE s, pages $RUNS of $PAGE s, the start $STARTS runs."; fi
+  else say "Warmed up for $WARM_UP s. Medians of $RUNS runs of $LONG s, in turn with the figures for comparison; a"
+       say "ratio is the median of the rounds' ratios. One client has $PAIRS runs of $PAGE s, pages $RUNS of $PAGE s,"
+       say "the start $STARTS runs."; fi
 }
 
 cpu_table() {

@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh
 . scripts/nginx.sh
 . scripts/report.sh
+exec 8>&1      # where the verdict goes, whatever output is redirected meanwhile
 exec </dev/null # `docker compose exec` and `docker compose run` would read the caller's input
 
 URL=${PORT:-9999} URL=http://localhost:${URL##*:} # PORT can hold an address: 127.0.0.1:9999
@@ -23,7 +24,7 @@ at_exit() {
   trap '' INT TERM
   ! declare -F leave >/dev/null || leave || true
   rm -rf "$WORK"
-  [ "${JSON:-}" != 1 ] || [ -z "${claim:-}" ] || verdict $code
+  [ "${JSON:-}" != 1 ] || [ -z "${claim:-}" ] || verdict $code >&8
   exit $code
 }
 trap at_exit EXIT
@@ -129,6 +130,7 @@ claim_data() {
 need_stack() {
   own_stack
   curl -fsS -m 5 -o "$WORK/ready" "$URL/readyz" 2>"$WORK/error" && return 0
+  failed="; the stack does not respond"
   say "The stack does not respond at $URL/readyz ($(cat "$WORK/error")). Start it with \`make up\`;" \
     "\`make doctor\` lists what may be missing."
   exit 1

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # The configuration of a running nginx: its check, its algorithm, its certificate, its reload. Sourced by lib.sh.
 
-nginx_runs() { [ -n "$(docker compose ps -q --status running nginx)" ]; }
+# nginx_runs: as docker-compose.yml starts it; the nginx of another Compose file has its own configuration
+nginx_runs() { docker compose exec -T nginx test -e /tmp/resolver.conf 2>/dev/null; }
 
 # nginx_conf ALGORITHM: nginx.conf with this load-balancing algorithm
 nginx_conf() { sed "s/#$1 //" nginx.conf; }
@@ -59,10 +60,9 @@ reload_nginx() {
   local changed before
   before=$(balance)
   changed=$(send_nginx "$1") || exit 1
-  [ -n "$changed" ] || return 0
+  nginx_runs && [ -n "$changed" ] || return 0
   # shellcheck disable=SC2016,SC2086 # expanded in the container; one word for each file
   docker compose exec -T nginx sh -ec '
-    [ -e /tmp/resolver.conf ] || exit 0 # an earlier version started this container: Compose replaces it
     nginx -t -q -c /tmp/new/nginx.conf
     for file; do [ ! -e "/tmp/$file" ] || { mv "/tmp/new/$file" /tmp; echo "$file has changed and is now in force"; }
     done

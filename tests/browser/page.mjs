@@ -508,7 +508,7 @@ if (process.env.OWN_STACK) test('after a restore the page shows all that is stor
       await until('the page shows the total', async () => {
         const [shown, stored] = [await page.innerText('#total'), await getJson('/api/visits')];
         return shown.trim() === stored.total.toLocaleString('en')
-          || assert.fail(`${shown}, but ${JSON.stringify(stored)} is stored; after ${name}, page ${pages.indexOf(page)}`);
+          || assert.fail(`${shown}, but ${JSON.stringify(stored)} is stored; ${name}, page ${pages.indexOf(page)}`);
       }, 5000);
     if (name !== 'another') await store(`after ${name}`);
     await noneHasAGap();

@@ -97,7 +97,9 @@ run_cases() {
     read -r name mode limit _ < <(cases | grep "^$name ")
     before=$failures earlier=$failed began=$SECONDS summary='' more=''
     run_case "$name" "$mode" "$limit" >"$WORK/case" 2>&1 || failures=$((failures + 1))
-    if [ "$failures" = "$before" ]; then printf '  ok    %-20s %s\n' "$name" "$summary"; continue; fi
+    if [ "$failures" = "$before" ]; then
+      passes=$((passes + 1)); printf '  ok    %-20s %s\n' "$name" "$summary"; continue
+    fi
     failures=$((before + 1)) failed="$earlier; $name: ${failed#"$earlier; "}"
     printf '  FAIL  %-20s %s\n' "$name" "$summary"
     sed 's/^/        /' "$WORK/case" | cut -c1-400
