@@ -25,8 +25,9 @@ cold_rows() {
 warm_up() {
   local began=$SECONDS seconds=$1 kind at unmetered=1; shift
   rm -f "$WORK"/warmed-*
+  progress "warming up for $seconds s"
   while at=$((SECONDS - began)); [ $at -lt "$seconds" ]; do
-    progress "warming up: $at of $seconds s"
+    detail "warming up: $at of $seconds s"
     for kind; do
       at=$((SECONDS - began))
       printf '%s %s\n' $at "$(rate front "$kind" 64 "$WARM")" >>"$WORK/warmed-$kind"
