@@ -54,7 +54,7 @@ page_time() {
 instances() {
   local unknown=none
   case $1 in 1) unknown='web[23]|web-extra' ;; 3) unknown=web-extra ;; esac
-  nginx_conf "${BALANCE:-round-robin}" | sed -E "/server ($unknown):/d" >"$NGINX_CONF" # the file that is mounted
+  nginx_conf "${BALANCE:-least_conn}" | sed -E "/server ($unknown):/d" >"$NGINX_CONF" # the file that is mounted
   quietly box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
   wait_for 30 respond "$1" || { say "$seen instances respond, not $1" >&2; return 1; }
 }
@@ -64,7 +64,7 @@ respond() {
 }
 
 # Each instance has so small a share of a CPU that the instances, and not the machine, are the limit. 64 connections for
-# each.
+# each. By least_conn: an instance that has used its share pauses, and under round-robin requests wait there.
 by_instances() {
   local unmetered=1 round n kind name ours theirs
   progress "12  six instances"
