@@ -39,6 +39,7 @@ warm_up() {
 warm_up_three() {
   local kind name unmetered=1
   quietly docker compose up --detach --wait --no-deps --force-recreate web1 web2 web3
+  wait_for 30 respond 3 # nginx looks up their new addresses each second
   find_meters
   warm_up "$WARM_UP" visit post newest
   keep fact warmUpSeconds "$WARM_UP"
