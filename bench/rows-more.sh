@@ -56,8 +56,9 @@ instances() {
   case $1 in 1) unknown='web[23]|web-extra' ;; 3) unknown=web-extra ;; esac
   nginx_conf "${BALANCE:-least_conn}" | sed -E "/server ($unknown):/d" >"$NGINX_CONF" # the file that is mounted
   quietly box nginx sh -c 'cp /etc/nginx/nginx.conf /tmp/nginx.conf && nginx -c /tmp/nginx.conf -s reload'
-  wait_for 30 respond "$1" || { say "$seen instances respond, not $1" >&2; return 1; }
+  await_instances "$1"
 }
+await_instances() { wait_for 30 respond "$1" || { say "$seen instances respond, not $1" >&2; return 1; }; }
 respond() {
   seen=$(curl -s -m 20 -D - -o /dev/null "$URL/healthz?[1-30]" | grep -i '^x-instance-id' | sort -u | wc -l)
   [ "$seen" -eq "$1" ]
@@ -66,7 +67,7 @@ respond() {
 # Each instance has so small a share of a CPU that the instances, and not the machine, are the limit. 64 connections for
 # each. By least_conn: an instance that has used its share pauses, and under round-robin requests wait there.
 by_instances() {
-  local unmetered=1 round n kind name ours theirs
+  local unmetered=1 round n kind
   progress "12  six instances"
   COMPOSE_FILE=$COMPOSE_FILE:bench/small.yml compose_up --scale web-extra=3 web1 web2 web3 web-extra
   instances 6
@@ -81,10 +82,9 @@ by_instances() {
     done
   done
   for kind in visit post; do
-    [ $kind = visit ] && name="GET /" || name=POST
     for n in 1 3 6; do keep instances $kind $n "$(median <"$WORK/by-$kind-$n")"; done
-    scaled $kind "$name" 3 1 "1 instance" 2.4
-    scaled $kind "$name" 6 3 "3 instances" 1.7
+    scaled $kind 3 1 "1 instance" 2.4
+    scaled $kind 6 3 "3 instances" 1.7
   done
 }
 
@@ -95,11 +95,11 @@ share_of_each() {
   quietly docker update --cpu-quota "$(calc "$1 * 10000" 0)" "${ids[@]}"
 }
 
-# scaled KIND NAME MORE FEWER FEWER_IN_WORDS WANTED
+# scaled KIND MORE FEWER FEWER_IN_WORDS WANTED
 scaled() {
-  local ours=$WORK/by-$1-$3 theirs=$WORK/by-$1-$4
-  row 12 "$2, $3 instances of $SHARE CPUs" "$(median <"$ours")" /s "$5" "$(median <"$theirs")" \
-    "$(ratios "$ours" "$theirs")" least "$6"
+  local ours=$WORK/by-$1-$2 theirs=$WORK/by-$1-$3
+  row 12 "$(title "$1"), $2 instances of $SHARE CPUs" "$(median <"$ours")" /s "$4" "$(median <"$theirs")" \
+    "$(ratios "$ours" "$theirs")" least "$5"
 }
 
 start_time() {

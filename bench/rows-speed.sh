@@ -23,13 +23,13 @@ cold_rows() {
 # warm_up SECONDS KIND...: these kinds of load in turn, through nginx, for this time. A file for each kind has a line
 # "SECONDS RATE" for each of its loads: when it began, and its requests a second.
 warm_up() {
-  local began=$SECONDS seconds=$1 kind at unmetered=1; shift
+  local began=$SECONDS seconds=$1 kind at; shift
   rm -f "$WORK"/warmed-*
   progress "warming up for $seconds s"
-  while at=$((SECONDS - began)); [ $at -lt "$seconds" ]; do
-    detail "warming up: $at of $seconds s"
+  while [ $((SECONDS - began)) -lt "$seconds" ]; do
     for kind; do
       at=$((SECONDS - began))
+      detail "warming up: $at of $seconds s"
       printf '%s %s\n' $at "$(rate front "$kind" 64 "$WARM")" >>"$WORK/warmed-$kind"
     done
   done
@@ -37,25 +37,25 @@ warm_up() {
 
 # Row 20: new instances, since the ones before had the load of rows 16 and 17. The load straight to one is for rows 1-3.
 warm_up_three() {
-  local kind name unmetered=1
+  local kind unmetered=1
   quietly docker compose up --detach --wait --no-deps --force-recreate web1 web2 web3
-  wait_for 30 respond 3 # nginx looks up their new addresses each second
+  await_instances 3 # nginx looks up their new addresses each second
   find_meters
   warm_up "$WARM_UP" visit post newest
   keep fact warmUpSeconds "$WARM_UP"
   for kind in visit post newest; do
-    case $kind in visit) name="GET /" ;; post) name=POST ;; newest) name="newest 20" ;; esac
-    quick || warmed_row "$kind" "$name"
+    quick || warmed_row "$kind"
     load direct "$kind" 64 "$LONG" >"$WORK/warm"
   done
 }
 
-# warmed_row KIND NAME: its loads that began from the 24th to the 36th second, and its last three
+# warmed_row KIND: its loads that began from the 24th to the 36th second, and its last three
 warmed_row() {
   local early late
   early=$(awk '$1 >= 24 && $1 < 36 { sum += $2; n++ } END { print sum / n }' "$WORK/warmed-$1")
   late=$(tail -n 3 "$WORK/warmed-$1" | awk '{ sum += $2 } END { print sum / NR }')
-  row 20 "$2, after 30 s of load" "$early" /s "after $WARM_UP s of load" "$late" "$(ratio "$early" "$late")" least 0.95
+  row 20 "$(title "$1"), after 30 s of load" "$early" /s "after $WARM_UP s of load" "$late" \
+    "$(ratio "$early" "$late")" least 0.95
 }
 
 # in_status SERVICE FIELD: of its process 1, in KB
@@ -130,7 +130,7 @@ paced_median() { paced_figures "$@" | median; }
 
 # The top speed is measured before each run at half of it, since it changes within minutes.
 half_speed() {
-  local kind share top round name p50 p99 others
+  local kind share top round p50 p99 others
   read -ra others <<<"$SHARES"
   for round in $(seq "$RUNS"); do
     for kind in visit post; do
@@ -145,8 +145,7 @@ half_speed() {
         "$(paced_median $kind "$share" 3)"
     done
     p50=$(paced_median $kind 50 2) p99=$(paced_median $kind 50 3)
-    [ $kind = visit ] && name="GET /" || name=POST
-    row 8 "$name, p99 at half the top speed" "$p99" ms "p50" "$p50" \
+    row 8 "$(title $kind), p99 at half the top speed" "$p99" ms "p50" "$p50" \
       "$(ratios <(paced_figures $kind 50 3) <(paced_figures $kind 50 2))" most 10
   done
 }

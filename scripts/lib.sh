@@ -126,10 +126,12 @@ claim_data() {
     --label "com.docker.compose.project=$(project)" "$volume" >/dev/null
 }
 
+stack_responds() { curl -fsS -m 5 -o "$WORK/ready" "$URL/readyz" 2>"$WORK/error"; }
+
 # need_stack: stops if no stack runs
 need_stack() {
   own_stack
-  curl -fsS -m 5 -o "$WORK/ready" "$URL/readyz" 2>"$WORK/error" && return 0
+  stack_responds && return 0
   failed="; the stack does not respond"
   say "The stack does not respond at $URL/readyz ($(cat "$WORK/error")). Start it with \`make up\`;" \
     "\`make doctor\` lists what may be missing."

@@ -7,11 +7,12 @@ nginx_runs() { docker compose exec -T nginx test -e /tmp/resolver.conf 2>/dev/nu
 # nginx_conf ALGORITHM: nginx.conf with this load-balancing algorithm
 nginx_conf() { sed "s/#$1 //" nginx.conf; }
 
-# balance: the load-balancing algorithm in force, or, if nginx does not run, the one that it will start with
+# balance: the load-balancing algorithm in force, or, if nginx does not run, the one that it will start with. The nginx
+# of another Compose file has no setting: round-robin.
 balance() {
   # shellcheck disable=SC2016 # expanded in the container
-  docker compose exec -T nginx sh -c 'cat "/balance/$(hostname)" 2>/dev/null || echo "$BALANCE"' 2>/dev/null ||
-    say "${BALANCE:-round-robin}"
+  docker compose exec -T nginx sh -c 'cat "/balance/$(hostname)" 2>/dev/null || echo "${BALANCE:-round-robin}"' \
+    2>/dev/null || say "${BALANCE:-round-robin}"
 }
 
 # first_balance: the algorithm with which nginx was started, so that Compose keeps its container; reload_nginx follows
