@@ -45,7 +45,7 @@ RUN https_proxy=${https_proxy-} http_proxy=${http_proxy-} \
        | xargs cp -t /deps/$list || exit; \
     done && mv /deps/runtime lib
 # --- The service.
-COPY Service.java init.sql openapi.json page/ /source/
+COPY Service.java init.sql openapi.json page/ scripts/embedded /source/
 RUN mkdir /classes && cd /source \
  && /opt/jdk/bin/javac -Xlint:-options -proc:none -d /classes -cp "/deps/training/*" Service.java \
  && rm Service.java && /opt/jdk/bin/jar --create --file /opt/threefold/service.jar -C /classes . -C /source .

