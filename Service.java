@@ -1479,9 +1479,8 @@ final class Messages implements AutoCloseable {
     Cursor probe() throws Exception { return forProbes.attempt(Messages::highWaterMark); }
 
     private static Cursor highWaterMark(Connection connection) throws SQLException {
-        try (var select = connection.prepareStatement(HIGH_WATER_MARK); ResultSet row = select.executeQuery()) {
-            return row.next() ? Cursor.parse(row.getString(1)) : Cursor.EARLIEST;
-        }
+        return query(connection, HIGH_WATER_MARK,
+                row -> row.next() ? Cursor.parse(row.getString(1)) : Cursor.EARLIEST);
     }
 
     /** Creates the table where there is none, however long that takes; one instance after the other. */
@@ -1515,10 +1514,18 @@ final class Messages implements AutoCloseable {
         return null;
     }
 
-    private static boolean isTrue(Connection connection, String sql) throws SQLException {
-        try (var statement = connection.createStatement(); ResultSet row = statement.executeQuery(sql)) {
-            return row.next() && row.getBoolean(1);
+    private interface Reader<T> { T read(ResultSet rows) throws SQLException; }
+
+    private static <T> T query(Connection connection, String sql, Reader<T> reader, Object... values)
+            throws SQLException {
+        try (PreparedStatement select = connection.prepareStatement(sql)) {
+            for (int i = 0; i < values.length; i++) select.setObject(i + 1, values[i]);
+            try (ResultSet rows = select.executeQuery()) { return reader.read(rows); }
         }
+    }
+
+    private static boolean isTrue(Connection connection, String sql, Object... values) throws SQLException {
+        return query(connection, sql, row -> row.next() && row.getBoolean(1), values);
     }
 
     /**
@@ -1607,19 +1614,16 @@ final class Messages implements AutoCloseable {
             throws SQLException {
         List<List<Message>> found = Stream.generate(() -> (List<Message>) new ArrayList<Message>())
                 .limit(queries.size()).toList();
-        String mark = null; // equal in every row
-        try (PreparedStatement select = connection.prepareStatement(PAGES)) {
-            select.setObject(1, queries.stream().mapToLong(PageQuery::before).toArray());
-            // One more than the limit, to know whether older ones follow.
-            select.setObject(2, queries.stream().mapToLong(query -> query.limit() + 1L).toArray());
-            try (ResultSet rows = select.executeQuery()) {
-                while (rows.next()) {
-                    mark = rows.getString(7);
-                    if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
-                }
+        // One more than the limit, to know whether older ones follow.
+        Cursor cursor = query(connection, PAGES, rows -> {
+            String mark = null; // equal in every row
+            while (rows.next()) {
+                mark = rows.getString(7);
+                if (rows.getLong(1) != 0) found.get(rows.getInt(6) - 1).add(message(rows));
             }
-        }
-        Cursor cursor = mark == null ? Cursor.EARLIEST : Cursor.parse(mark);
+            return mark == null ? Cursor.EARLIEST : Cursor.parse(mark);
+        }, queries.stream().mapToLong(PageQuery::before).toArray(),
+                queries.stream().mapToLong(query -> query.limit() + 1L).toArray());
         Map<PageQuery, MessagePage> pages = new HashMap<>();
         for (int i = 0; i < queries.size(); i++)
             pages.put(queries.get(i), MessagePage.of(queries.get(i), found.get(i), cursor));
@@ -1629,37 +1633,23 @@ final class Messages implements AutoCloseable {
     EventPage eventsAfter(EventQuery query) throws InterruptedException {
         return forEvents.run(connection -> {
             if (query.after() == null) return new EventPage(highWaterMark(connection), List.of(), true, true);
-            if (query.reconnects() && backlogExceeded(connection, query.after()))
+            String tx = Long.toString(query.after().tx());
+            if (query.reconnects() && isTrue(connection, BACKLOG_EXCEEDED, tx, query.after().id()))
                 return new EventPage(query.after(), List.of(), true, false);
-            return read(connection, query);
+            return query(connection, EVENTS, rows -> read(rows, query), tx, query.after().id(), query.limit());
         });
     }
 
-    private static boolean backlogExceeded(Connection connection, Cursor after) throws SQLException {
-        try (PreparedStatement select = connection.prepareStatement(BACKLOG_EXCEEDED)) {
-            select.setString(1, Long.toString(after.tx()));
-            select.setLong(2, after.id());
-            try (ResultSet row = select.executeQuery()) { return row.next() && row.getBoolean(1); }
+    private static EventPage read(ResultSet rows, EventQuery query) throws SQLException {
+        List<EventPage.Event> events = new ArrayList<>();
+        boolean isValid = true;
+        while (rows.next()) {
+            isValid = rows.getBoolean(7);
+            if (rows.getString(6) == null) continue; // the one row that stands for none
+            events.add(new EventPage.Event(new Cursor(Long.parseLong(rows.getString(6)), rows.getLong(1)),
+                    message(rows)));
         }
-    }
-
-    private static EventPage read(Connection connection, EventQuery query) throws SQLException {
-        try (PreparedStatement select = connection.prepareStatement(EVENTS)) {
-            select.setString(1, Long.toString(query.after().tx()));
-            select.setLong(2, query.after().id());
-            select.setInt(3, query.limit());
-            List<EventPage.Event> events = new ArrayList<>();
-            boolean isValid = true;
-            try (ResultSet rows = select.executeQuery()) {
-                while (rows.next()) {
-                    isValid = rows.getBoolean(7);
-                    if (rows.getString(6) == null) continue; // the one row that stands for none
-                    events.add(new EventPage.Event(new Cursor(Long.parseLong(rows.getString(6)), rows.getLong(1)),
-                            message(rows)));
-                }
-            }
-            return new EventPage(query.after(), events, events.size() < query.limit(), isValid);
-        }
+        return new EventPage(query.after(), events, events.size() < query.limit(), isValid);
     }
 
     private static Message message(ResultSet row) throws SQLException {
