@@ -53,7 +53,7 @@ import java.io.*;
 import java.net.*;
 import java.nio.ByteBuffer;
 import java.nio.channels.*;
-import java.nio.charset.CharacterCodingException;
+import java.nio.charset.*;
 import java.nio.file.*;
 import java.nio.file.Files;
 import java.nio.file.attribute.*;
@@ -182,10 +182,10 @@ public final class Service implements AutoCloseable {
     private void heartbeat() throws Exception {
         try {
             membership.heartbeat(status());
-        } finally { events.onInstances(membership.all()); }
+        } finally { events.publish("instances", membership::all); }
         try {
             if (redis.isUp()) counters.compact(membership.recentNames());
-            if (redis.isUp()) events.onCounts(events.subscribers() > 0 ? counters.poll() : null);
+            if (redis.isUp()) events.publish("visit", counters::poll);
         } catch (StoreException rejected) { /* logged, and no sign that Redis is unavailable */ }
     }
 
@@ -385,7 +385,7 @@ final class Http implements AutoCloseable {
         long length = exchange.getRequestContentLength();
         boolean tooLarge = length > Request.MAX_BODY_BYTES;
         if (tooLarge || !reserve(exchange, BODY_COPIES * (length < 0 ? Request.MAX_BODY_BYTES : (int) length))) {
-            exchange.setPersistent(false); // the rest of the body would be taken for the next request
+            exchange.setPersistent(false); // the rest of the body is not read
             send(exchange, (tooLarge ? TOO_LARGE : Problem.overloaded()).response());
             return;
         }
@@ -834,8 +834,8 @@ final class Events implements AutoCloseable {
     private final Metrics metrics;
     private final Batcher<EventQuery, Chunk> queries;
     private final Set<Subscriber> subscribers = ConcurrentHashMap.newKeySet();
+    private final Map<String, byte[]> newest = new ConcurrentHashMap<>(); // the events without a history
     private volatile Cursor highWaterMark; // null until PostgreSQL was read
-    private volatile byte[] counts, instances; // the newest, as events
     private volatile boolean closed;
 
     Events(Messages messages, BufferBudget budget, Metrics metrics) {
@@ -852,18 +852,15 @@ final class Events implements AutoCloseable {
         wakeAll();
     }
 
-    /** @param newest null while there is no subscriber */
-    void onCounts(Counts newest) {
-        byte[] event = newest == null ? null : frame("visit", null, Json.of(newest));
-        if (Arrays.equals(event, counts)) return;
-        counts = event;
-        wakeAll();
-    }
-
-    void onInstances(List<InstanceStatus> newest) {
-        byte[] event = subscribers.isEmpty() ? null : frame("instances", null, Json.of(newest));
-        if (Arrays.equals(event, instances)) return;
-        instances = event;
+    /** Sends the newest value of what has no history; reads it only while there is a subscriber. */
+    void publish(String event, Callable<?> value) throws Exception {
+        if (subscribers.isEmpty()) {
+            newest.remove(event);
+            return;
+        }
+        byte[] frame = frame(event, null, Json.of(value.call()));
+        if (Arrays.equals(frame, newest.get(event))) return;
+        newest.put(event, frame);
         wakeAll();
     }
 
@@ -936,7 +933,7 @@ final class Events implements AutoCloseable {
         private Cursor gapStart;       // while position is null: the last event that was sent
         private Cursor queriedMark;    // the high-water mark up to which events are sent
         private int limit = MAX_EVENTS;
-        private byte[] sentCounts, sentInstances;
+        private final Map<String, byte[]> sent = new HashMap<>();
         private long lastHeartbeat = System.nanoTime(), lastWrite;
         private volatile boolean disconnected;
 
@@ -990,10 +987,9 @@ final class Events implements AutoCloseable {
         }
 
         private boolean sendNext() throws IOException, InterruptedException {
-            byte[] newCounts = counts, newInstances = instances;
-            if (newCounts != null && newCounts != sentCounts) return send("visit", sentCounts = newCounts);
-            if (newInstances != null && newInstances != sentInstances)
-                return send("instances", sentInstances = newInstances);
+            for (Map.Entry<String, byte[]> event : newest.entrySet())
+                if (sent.put(event.getKey(), event.getValue()) != event.getValue())
+                    return send(event.getKey(), event.getValue());
             if (System.nanoTime() - lastHeartbeat > HEARTBEAT_NANOS) {
                 lastHeartbeat = System.nanoTime();
                 return send("heartbeat", HEARTBEAT);
@@ -1538,7 +1534,7 @@ final class Messages implements AutoCloseable {
 
     private List<SaveResult> saveOrSplit(List<SaveRequest> batch, long deadline) throws InterruptedException {
         try {
-            return forWrites.run(connection -> save(connection, batch));
+            return forWrites.run(connection -> saveAll(connection, batch));
         } catch (StoreException rejection) {
             if (rejection.isUnavailable()) throw rejection;
             if (batch.size() == 1 || System.nanoTime() > deadline)
@@ -1551,7 +1547,7 @@ final class Messages implements AutoCloseable {
         }
     }
 
-    private List<SaveResult> save(Connection connection, List<SaveRequest> batch) throws SQLException {
+    private List<SaveResult> saveAll(Connection connection, List<SaveRequest> batch) throws SQLException {
         TreeMap<String, SaveRequest> byKey = new TreeMap<>();
         for (SaveRequest request : batch) byKey.putIfAbsent(request.key().stored(), request);
         Map<String, SaveResult> stored = insert(connection, byKey);
@@ -1606,11 +1602,11 @@ final class Messages implements AutoCloseable {
             distinct.add(query);
             answered++;
         }
-        Map<PageQuery, MessagePage> pages = forReads.run(connection -> read(connection, List.copyOf(distinct)));
+        Map<PageQuery, MessagePage> pages = forReads.run(connection -> readPages(connection, List.copyOf(distinct)));
         return batch.subList(0, answered).stream().map(pages::get).toList();
     }
 
-    private static Map<PageQuery, MessagePage> read(Connection connection, List<PageQuery> queries)
+    private static Map<PageQuery, MessagePage> readPages(Connection connection, List<PageQuery> queries)
             throws SQLException {
         List<List<Message>> found = Stream.generate(() -> (List<Message>) new ArrayList<Message>())
                 .limit(queries.size()).toList();
@@ -1636,11 +1632,11 @@ final class Messages implements AutoCloseable {
             String tx = Long.toString(query.after().tx());
             if (query.reconnects() && isTrue(connection, BACKLOG_EXCEEDED, tx, query.after().id()))
                 return new EventPage(query.after(), List.of(), true, false);
-            return query(connection, EVENTS, rows -> read(rows, query), tx, query.after().id(), query.limit());
+            return query(connection, EVENTS, rows -> eventPage(rows, query), tx, query.after().id(), query.limit());
         });
     }
 
-    private static EventPage read(ResultSet rows, EventQuery query) throws SQLException {
+    private static EventPage eventPage(ResultSet rows, EventQuery query) throws SQLException {
         List<EventPage.Event> events = new ArrayList<>();
         boolean isValid = true;
         while (rows.next()) {
@@ -2317,10 +2313,10 @@ final class Postgres extends Store<Connection> {
             // PostgreSQL drops an instance that vanished after 11 s, not 2 h: its connections are limited.
             + "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_user_timeout = 11000";
     /**
-     * Failures that another connection may mend. 25: a read-only role or former primary; 28: the rights have changed;
-     * 42P01, 42703: a missing table or column, which a new watcher's connection creates; none: the driver itself.
+     * Failures that another connection may mend. 25: a read-only role or former primary; 42P01, 42703: a missing table
+     * or column, which a new watcher's connection creates; none: the driver itself.
      */
-    private static final String[] CONNECTION_ONLY = {"25", "28", "42P01", "42703", "none"};
+    private static final String[] CONNECTION_ONLY = {"25", "42P01", "42703", "none"};
 
     private final PGSimpleDataSource source = new PGSimpleDataSource();
 
@@ -2600,7 +2596,7 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
         }
 
         String file(String name) throws Invalid {
-            if (values.containsKey(name)) content(name, "readable file", Files::readAllBytes);
+            if (values.containsKey(name)) content(name, "readable file", ISO_8859_1); // of any bytes
             return values.get(name);
         }
 
@@ -2608,17 +2604,15 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
             String file = name + "_FILE";
             if (!values.containsKey(file)) return new Secret(text(name, null));
             if (!values.containsKey(name))
-                return new Secret(content(file, "readable text file", Files::readString).strip());
+                return new Secret(content(file, "readable text file", UTF_8).strip());
             throw new Invalid("%s and %s=\"%s\" are both set: it needs one or the other"
                     .formatted(name, file, values.get(file)));
         }
 
-        private interface Reader<T> { T read(Path file) throws IOException; }
-
-        private <T> T content(String name, String kind, Reader<T> reader) throws Invalid {
+        private String content(String name, String kind, Charset charset) throws Invalid {
             String file = text(name, null);
             try {
-                return reader.read(Path.of(file));
+                return Files.readString(Path.of(file), charset);
             } catch (IOException | RuntimeException e) {
                 throw new Invalid(name + "=\"" + file + "\" cannot be read: it needs the path of a " + kind);
             }
