@@ -2974,7 +2974,8 @@ final class Embedded implements AutoCloseable {
         process.getOutputStream().close();
         String output = new String(process.getInputStream().readAllBytes(), UTF_8);
         if (process.waitFor() == 0) return output;
-        throw new IOException(output.lines().reduce("it printed nothing", (earlier, last) -> last.strip()));
+        throw new IOException(output.lines().map(String::strip).filter(line -> !line.isEmpty())
+                .reduce("it printed nothing", (earlier, last) -> last));
     }
 
     /** Stops both servers, Redis last; the service has drained by then. */
