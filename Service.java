@@ -2843,6 +2843,10 @@ final class Embedded implements AutoCloseable {
     private static final String SYSTEM =
             System.getProperty("os.name").replace("Mac OS X", "Darwin").toLowerCase(Locale.ROOT);
     private static final boolean ARM = System.getProperty("os.arch").equals("aarch64");
+    /** The programs in the libraries, packed. */
+    private static final String POSTGRES = "/postgres-" + SYSTEM + (ARM ? "-arm_64.txz" : "-x86_64.txz"),
+            REDIS = "/redis-server-" + (ARM && SYSTEM.equals("linux") ? "6.2.7" : "6.2.6-v5") + "-" + SYSTEM
+                    + (ARM ? "-arm64" : "-amd64");
     private final Config config;
     private Path folder;
     private FileLock lock;
@@ -2859,29 +2863,14 @@ final class Embedded implements AutoCloseable {
      * @throws Config.Invalid in the image, which has no servers; if the folder cannot be used, or is in use
      */
     synchronized Map<String, String> start(Map<String, String> environment) throws Config.Invalid {
-        URL postgres = Embedded.class.getResource(postgresProgram());
-        URL redis = Embedded.class.getResource(redisProgram());
-        if (postgres == null || redis == null)
+        if (Stream.of(POSTGRES, REDIS).anyMatch(programs -> Embedded.class.getResource(programs) == null))
             throw new Config.Invalid("DB_HOST and REDIS_HOST have to be set: here are no servers to start");
         claimFolder();
         Log.info("data_dir", "folder", folder.toString());
-        Map<String, String> complete = new HashMap<>(environment);
-        complete.putAll(Map.of("HOST", config.host(), "DRAIN_MILLIS", "" + config.drainMillis()));
         try {
             run("stop_all").lines().forEach(program -> Log.info("orphan_stopped", "program", program));
             run("create_password");
-            String pass = Files.readString(folder.resolve("password"));
-            if (config.redis().hosts().isEmpty()) {
-                complete.keySet().removeIf(name -> name.startsWith("REDIS_"));
-                complete.putAll(Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", start("redis", redis),
-                        "REDIS_PASS", pass));
-            }
-            if (config.postgres().hosts().isEmpty()) {
-                complete.keySet().removeIf(name -> name.startsWith("DB_"));
-                complete.putAll(Map.of("DB_HOST", "127.0.0.1", "DB_PORT", start("postgres", postgres),
-                        "DB_NAME", "postgres", "DB_USER", "postgres", "DB_PASS", pass));
-            }
-            return complete;
+            return startStores(environment);
         } catch (IOException | InterruptedException | RuntimeException e) {
             close();
             throw new Config.Invalid("no PostgreSQL and Redis of its own (DATA_DIR=\"" + folder + "\"): "
@@ -2890,11 +2879,20 @@ final class Embedded implements AutoCloseable {
         }
     }
 
-    private static String postgresProgram() { return "/postgres-" + SYSTEM + (ARM ? "-arm_64.txz" : "-x86_64.txz"); }
-
-    private static String redisProgram() {
-        String version = ARM && SYSTEM.equals("linux") ? "6.2.7" : "6.2.6-v5";
-        return "/redis-server-" + version + "-" + SYSTEM + (ARM ? "-arm64" : "-amd64");
+    private Map<String, String> startStores(Map<String, String> environment) throws IOException, InterruptedException {
+        String pass = Files.readString(folder.resolve("password"));
+        Map<String, String> complete = new HashMap<>(environment);
+        complete.putAll(Map.of("HOST", config.host(), "DRAIN_MILLIS", "" + config.drainMillis()));
+        if (config.redis().hosts().isEmpty()) {
+            complete.keySet().removeIf(name -> name.startsWith("REDIS_"));
+            complete.putAll(Map.of("REDIS_HOST", "127.0.0.1", "REDIS_PORT", start("redis", REDIS), "REDIS_PASS", pass));
+        }
+        if (config.postgres().hosts().isEmpty()) {
+            complete.keySet().removeIf(name -> name.startsWith("DB_"));
+            complete.putAll(Map.of("DB_HOST", "127.0.0.1", "DB_PORT", start("postgres", POSTGRES),
+                    "DB_NAME", "postgres", "DB_USER", "postgres", "DB_PASS", pass));
+        }
+        return complete;
     }
 
     /** Only a folder that is new, empty, or marked as made here is used. */
@@ -2924,14 +2922,15 @@ final class Embedded implements AutoCloseable {
     private Config.Invalid needs(String what) { return new Config.Invalid("DATA_DIR", folder.toString(), what); }
 
     /** @return the port where the server listens */
-    private String start(String name, URL packed) throws IOException, InterruptedException {
+    private String start(String name, String packedPrograms) throws IOException, InterruptedException {
+        URL packed = Embedded.class.getResource(packedPrograms);
         // The programs' checksum: so they are this version, and complete.
         String sum = Long.toHexString(((JarURLConnection) packed.openConnection()).getJarEntry().getCrc());
         Path all = folder.resolve(name + "-bin"), part = all.resolve("part");
         if (!Files.exists(all.resolve(sum))) {
             run("clear_programs", name);
             try (InputStream in = packed.openStream()) {
-                if (packed.getPath().endsWith(".txz")) Archive.unpack(in, part);
+                if (packedPrograms.endsWith(".txz")) Archive.unpack(in, part);
                 else unpack(in, part.resolve(name + "-server"));
             }
             run("keep_programs", name, sum);
