@@ -74,6 +74,7 @@ import java.util.stream.*;
 
 import static java.nio.charset.StandardCharsets.ISO_8859_1;
 import static java.nio.charset.StandardCharsets.UTF_8;
+import static java.util.concurrent.CompletableFuture.completedFuture;
 
 // ------------------------------------------------------------------------------------------------------- 1 Entry
 
@@ -92,8 +93,10 @@ import static java.nio.charset.StandardCharsets.UTF_8;
  * </pre>
  * A section names only itself and sections with a higher number.
  *
- * <p>Threads: I/O threads parse requests, run quick batches and write responses; they never block. Each batcher has a
- * thread for batches that may block, each store a watcher, each subscriber of events a virtual thread.
+ * <p>Threads: I/O threads parse requests, run quick batches and write responses. They wait for nothing but a batch: for
+ * some milliseconds, and once for longer when a store begins to hang. Each batcher has a thread for all other batches,
+ * each store a watcher, each subscriber of events and each request of /metrics a virtual thread; one thread receives
+ * heartbeats, one writes the log.
  */
 public final class Service implements AutoCloseable {
     /** Shown by /api/instances, so that two versions can be seen side by side; the same as in openapi.json. */
@@ -125,7 +128,7 @@ public final class Service implements AutoCloseable {
             Deque<AutoCloseable> running = new ConcurrentLinkedDeque<>();
             Runtime.getRuntime().addShutdownHook(new Thread(() -> {
                 for (AutoCloseable last; (last = running.poll()) != null; ) closeQuietly(last);
-                Log.flush();
+                closeQuietly(Log::flush);
             }, "shutdown"));
             if (config.needsEmbedded()) {
                 Embedded embedded = new Embedded(config);
@@ -167,10 +170,9 @@ public final class Service implements AutoCloseable {
      */
     Service start() throws Config.Invalid, IOException {
         http.listen(routes);
-        membership.onHeartbeat(status().json()); // so that the instance knows itself while Redis is unavailable
-        membership.start();
         postgres.watch(100, () -> events.onHighWaterMark(messages.probe()));
         redis.watch(250, this::heartbeat);
+        membership.start(status());
         Log.info("listening", "address", "http://localhost:" + port());
         return this;
     }
@@ -178,15 +180,15 @@ public final class Service implements AutoCloseable {
     int port() { return http.port(); }
     List<Route> routes() { return routes; }
 
-    /** Redis' probe; the statuses change by themselves, also while it fails. */
+    /** Redis' probe comes last, so that it decides whether Redis is up. The statuses change by themselves meanwhile. */
     private void heartbeat() throws Exception {
-        try {
-            membership.heartbeat(status());
-        } finally { events.publish("instances", membership::all); }
         try {
             if (redis.isUp()) counters.compact(membership.recentNames());
             if (redis.isUp()) events.publish("visit", counters::poll);
-        } catch (StoreException rejected) { /* logged, and no sign that Redis is unavailable */ }
+        } catch (StoreException logged) { /* by the store */ }
+        try {
+            membership.heartbeat(status());
+        } finally { events.publish("instances", membership::all); }
     }
 
     /** The status that this instance publishes in its heartbeats. */
@@ -259,7 +261,7 @@ final class Http implements AutoCloseable {
 
     int inFlight() { return inFlight.get(); }
 
-    /** Responses of the last second or so; for one caller, who calls more than once a second. */
+    /** Responses of the last second or so; for one thread at a time, which calls more than once a second. */
     long requestsPerSecond() {
         double seconds = (System.nanoTime() - measuredAt) / 1e9;
         if (seconds > 0.9) {
@@ -277,7 +279,7 @@ final class Http implements AutoCloseable {
     /** @throws Config.Invalid if the address or the port cannot be used */
     void listen(List<Route> routes) throws Config.Invalid, IOException {
         worker = Xnio.getInstance().createWorker(OptionMap.builder().set(Options.WORKER_NAME, "http")
-                // Each I/O thread costs a wake-up a batch, and none waits for longer than a batch.
+                // Few, since each costs a wake-up a batch.
                 .set(Options.WORKER_IO_THREADS, Math.max(1, Runtime.getRuntime().availableProcessors() / 2))
                 .set(Options.WORKER_TASK_CORE_THREADS, 1).set(Options.WORKER_TASK_MAX_THREADS, 1).getMap());
         HttpHandler router = router(routes);
@@ -322,7 +324,7 @@ final class Http implements AutoCloseable {
             boolean hasBody = route.method().equals("POST");
             methods.put(route.method(), hasBody ? exchange -> readBody(exchange, route.handler())
                     : exchange -> call(route.handler(), new Request(exchange, null)));
-            if (!hasBody) methods.put("HEAD", methods.get("GET"));
+            if (route.method().equals("GET")) methods.put("HEAD", methods.get("GET"));
         }
         byPath.forEach((path, methods) -> {
             HttpHandler other = otherMethod(String.join(", ", methods.keySet()) + ", OPTIONS");
@@ -513,15 +515,18 @@ final class Http implements AutoCloseable {
 
 // --------------------------------------------------------------------------------------------------------- 3 API
 
-/** Answers one request; never blocks, for it runs on an I/O thread. A failure becomes a {@link Problem}. */
+/** Answers one request, on an I/O thread: what may wait goes to a batcher. A failure becomes a {@link Problem}. */
 interface RequestHandler { CompletableFuture<Response> handle(Request request) throws Exception; }
 
-/** One line an endpoint: the router, `Allow`, the metrics and the tests read this table. */
+/**
+ * One line an endpoint: the router, `Allow`, the metrics and the tests read this table. POST has a body, and GET
+ * answers HEAD too; a query parameter has to be in {@link Http}'s list.
+ */
 record Route(String method, String path, RequestHandler handler) {}
 
 /** What was requested; {@code body} is null where the method has none. */
 record Request(HttpServerExchange exchange, byte[] body) {
-    /** Any valid message fits, however it is encoded: 2,080 characters as `\\u` escapes of two halves are 25 KB. */
+    /** Any valid message without white space around it fits: 2,080 characters as `\\u` escapes of halves are 25 KB. */
     static final int MAX_BODY_BYTES = 32 * 1024;
     static final HttpString X_REQUEST_ID = new HttpString("X-Request-Id");
     /** Set by nginx, equal for all its tries of one request; nginx overwrites what a client sends there. */
@@ -704,7 +709,7 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
     }
 
     private static CompletableFuture<Response> now(Response response) {
-        return CompletableFuture.completedFuture(response);
+        return completedFuture(response);
     }
 
     /** Replaces a failure that has an answer, such as an unavailable store; the page then shows it as such. */
@@ -717,7 +722,7 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
 
     private CompletableFuture<Response> visit(Request request) {
         PageQuery query = request.prefersHtml() ? request.pageQuery() : null;
-        CompletableFuture<Long> number = request.isHead() ? CompletableFuture.completedFuture(null) // not a visit
+        CompletableFuture<Long> number = request.isHead() ? completedFuture(null) // not a visit
                 : orElse(null, counters.visits.submit(null, request.ioThread()));
         CompletableFuture<Response> response = query == null
                 ? number.thenApply(visit -> Response.json(200, // a name needs no escapes in JSON
@@ -740,10 +745,10 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
     }
 
     private CompletableFuture<Response> postMessage(Request request) {
-        boolean form = request.isForm();
-        CompletableFuture<Response> response = CompletableFuture.completedFuture(form)
-                .thenCompose(isForm -> save(request, isForm));
-        if (!form || !request.prefersHtml()) return response;
+        boolean isForm = request.isForm();
+        CompletableFuture<Response> response = completedFuture(isForm) // so that what is thrown fails the response
+                .thenCompose(form -> save(request, form));
+        if (!isForm || !request.prefersHtml()) return response;
         return response.exceptionallyCompose(failure -> rejectForm(request, failure));
     }
 
@@ -766,8 +771,11 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
     private CompletableFuture<Response> rejectForm(Request request, Throwable failure) {
         Problem problem = Problem.of(failure);
         if (problem == null) return CompletableFuture.failedFuture(failure);
-        return page(request, problem.status(), PageQuery.NEWEST, null, Form.of(request.body(), problem))
-                .thenApply(problem::explain);
+        Form form = Form.of(request.body(), problem);
+        return (problem.status() == 503 // without another wait for PostgreSQL
+                ? completedFuture(page.response(503, page.render(instance, null, Counts.UNKNOWN, MessagePage.UNKNOWN,
+                        PageQuery.NEWEST, membership.all(), form)))
+                : page(request, problem.status(), PageQuery.NEWEST, null, form)).thenApply(problem::explain);
     }
 
     private CompletableFuture<Response> listMessages(Request request) {
@@ -815,8 +823,10 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
 /**
  * The event stream: each message once, in the order of {@link Cursor}, to every subscriber of this instance. The
  * watchers of the stores poll what is new: PostgreSQL's high-water mark, Redis' counts, the status of instances.
+ * Events with a history: `message`. Without one, of which the newest value counts ({@link #publish}): `visit`,
+ * `instances`. Of the stream itself: `heartbeat`, `gap`.
  *
- * <p>The server keeps a cursor for each subscriber, not a queue. Subscribers at one cursor share one read, and one that
+ * <p>The server keeps a cursor for each subscriber, not a queue. Equal queries share one read, and a subscriber that
  * reads slowly keeps a page of events in memory, of at most 8 KB or one event.
  */
 final class Events implements AutoCloseable {
@@ -833,6 +843,7 @@ final class Events implements AutoCloseable {
     private final BufferBudget budget;
     private final Metrics metrics;
     private final Batcher<EventQuery, Chunk> queries;
+    private final Semaphore room = new Semaphore(MAX_SUBSCRIBERS);
     private final Set<Subscriber> subscribers = ConcurrentHashMap.newKeySet();
     private final Map<String, byte[]> newest = new ConcurrentHashMap<>(); // the events without a history
     private volatile Cursor highWaterMark; // null until PostgreSQL was read
@@ -841,7 +852,7 @@ final class Events implements AutoCloseable {
     Events(Messages messages, BufferBudget budget, Metrics metrics) {
         this.budget = budget;
         this.metrics = metrics;
-        queries = new Batcher<>("events", metrics, batch -> pages(messages, batch));
+        queries = new Batcher<>("events", metrics, batch -> chunks(messages, batch));
     }
 
     int subscribers() { return subscribers.size(); }
@@ -872,8 +883,12 @@ final class Events implements AutoCloseable {
      * @param after the cursor of the last event that the client has; null: events from now on
      */
     Consumer<HttpServerExchange> subscribe(Cursor after) {
-        if (subscribers() >= MAX_SUBSCRIBERS) throw Problem.overloaded();
-        return exchange -> new Subscriber(exchange, after).run();
+        if (!room.tryAcquire()) throw Problem.overloaded();
+        return exchange -> {
+            try {
+                new Subscriber(exchange, after).run();
+            } finally { room.release(); }
+        };
     }
 
     /** One event as bytes. The data is JSON, so it has no line ends. */
@@ -882,14 +897,22 @@ final class Events implements AutoCloseable {
                 .getBytes(UTF_8);
     }
 
-    /** One read for each cursor; the queries after the first sixteen cursors wait for the next batch. */
-    private static List<Chunk> pages(Messages messages, List<EventQuery> batch) throws InterruptedException {
+    /**
+     * One read for equal queries; those after the first sixteen wait for the next batch. Null for a query that
+     * PostgreSQL rejects, as one that takes too long: it fails by itself.
+     */
+    private static List<Chunk> chunks(Messages messages, List<EventQuery> batch) throws InterruptedException {
         Map<EventQuery, Chunk> read = new HashMap<>();
         List<Chunk> answers = new ArrayList<>();
         for (EventQuery query : batch) {
             if (!read.containsKey(query)) {
                 if (read.size() == MAX_PAGES_AT_ONCE) break;
-                read.put(query, chunk(messages.eventsAfter(query)));
+                try {
+                    read.put(query, chunk(messages.eventsAfter(query)));
+                } catch (StoreException e) {
+                    if (e.isUnavailable()) throw e;
+                    read.put(query, null);
+                }
             }
             answers.add(read.get(query));
         }
@@ -930,8 +953,9 @@ final class Events implements AutoCloseable {
         private final StreamSinkChannel sink;
         private final Thread thread = Thread.currentThread();
         private Cursor position;       // all events up to here are sent; null: unknown until PostgreSQL answers
-        private Cursor gapStart;       // while position is null: the last event that was sent
+        private Cursor gapStart;       // while position is null: the last event that the client has
         private Cursor queriedMark;    // the high-water mark up to which events are sent
+        private boolean reconnects;    // until the length of its backlog was checked
         private int limit = MAX_EVENTS;
         private final Map<String, byte[]> sent = new HashMap<>();
         private long lastHeartbeat = System.nanoTime(), lastWrite;
@@ -940,6 +964,7 @@ final class Events implements AutoCloseable {
         Subscriber(HttpServerExchange exchange, Cursor after) {
             this.exchange = exchange;
             this.position = after;
+            reconnects = after != null;
             exchange.setPersistent(false); // the end of a stream is the end of its connection
             sink = exchange.getResponseChannel();
             sink.getWriteSetter().set(channel -> {
@@ -977,7 +1002,7 @@ final class Events implements AutoCloseable {
 
         /** The head says from where on events are complete; so it waits for the cursor. */
         private void begin() throws IOException, InterruptedException {
-            Chunk first = query(position != null);
+            Chunk first = query();
             if (position == null && first != null) {
                 position = first.end();
                 first = null;
@@ -996,17 +1021,19 @@ final class Events implements AutoCloseable {
             }
             Cursor mark = highWaterMark;
             if (position != null && (mark == null || mark.equals(queriedMark))) return false;
-            Chunk next = query(false);
+            Chunk next = query();
             if (next == null) return false;
             deliver(next);
             return true;
         }
 
         /** @return null while PostgreSQL is unavailable or overloaded */
-        private Chunk query(boolean reconnects) throws InterruptedException {
+        private Chunk query() throws InterruptedException {
             Cursor mark = highWaterMark;
             try {
                 Chunk chunk = queries.call(new EventQuery(position, limit, reconnects));
+                if (chunk == null) return null;
+                reconnects = false;
                 if (chunk.isComplete()) queriedMark = mark;
                 return chunk;
             } catch (StoreException | Batcher.Overloaded unavailable) { return null; }
@@ -1363,7 +1390,7 @@ record Counts(Long total, Map<String, Long> byInstance) {
  * position of a message, or {@code 0-0}: after a failover, a transaction's number may be used again. As text,
  * {@code 7421-88}, it is the id of an event.
  */
-record Cursor(long tx, long id) implements Comparable<Cursor> {
+record Cursor(long tx, long id) {
     static final Cursor EARLIEST = new Cursor(0, 0);
     private static final Pattern TEXT = Pattern.compile("([0-9]{1,18})-([0-9]{1,18})");
 
@@ -1376,10 +1403,6 @@ record Cursor(long tx, long id) implements Comparable<Cursor> {
         Matcher matcher = TEXT.matcher(text);
         if (!matcher.matches()) return null;
         return new Cursor(Long.parseLong(matcher.group(1)), Long.parseLong(matcher.group(2)));
-    }
-
-    @Override public int compareTo(Cursor other) {
-        return tx != other.tx ? Long.compare(tx, other.tx) : Long.compare(id, other.id);
     }
 
     @Override public String toString() { return tx + "-" + id; }
@@ -1472,7 +1495,7 @@ final class Messages implements AutoCloseable {
     }
 
     /** Makes sure of the schema on a new connection; returns the high-water mark. */
-    Cursor probe() throws Exception { return forProbes.attempt(Messages::highWaterMark); }
+    Cursor probe() throws Exception { return forProbes.probe(Messages::highWaterMark); }
 
     private static Cursor highWaterMark(Connection connection) throws SQLException {
         return query(connection, HIGH_WATER_MARK,
@@ -1781,13 +1804,13 @@ final class Membership implements AutoCloseable {
     /** Any program that may use Redis can publish: more or longer heartbeats are no instance's. */
     private static final int MAX_INSTANCES = 1_000, MAX_LENGTH = 400;
 
-    private record Start(String instance, Instant started) {}
+    private record Identity(String instance, Instant started) {}
     private record Heartbeat(InstanceStatus status, long at) {}
 
     private final Redis redis;
     private final String channel;
     private final Store<Jedis>.Session session;
-    private final Map<Start, Heartbeat> heartbeats = new ConcurrentHashMap<>();
+    private final Map<Identity, Heartbeat> heartbeats = new ConcurrentHashMap<>();
     private volatile boolean subscribed, closed;
     private volatile long subscribedSince; // no heartbeat can have arrived before
     private volatile Jedis subscription;
@@ -1798,13 +1821,17 @@ final class Membership implements AutoCloseable {
         session = redis.session();
     }
 
-    void start() { Thread.ofPlatform().name("membership").daemon().start(this::listen); }
+    /** @param own so that the instance knows itself while Redis is unavailable */
+    void start(InstanceStatus own) {
+        onHeartbeat(own.json());
+        Thread.ofPlatform().name("membership").daemon().start(this::listen);
+    }
 
     private static long now() { return System.nanoTime() / 1_000_000; }
 
     /** Publishes that this instance lives; fails if Redis is no primary, which would publish all the same. */
     void heartbeat(InstanceStatus status) throws Exception {
-        session.attempt(connection -> {
+        session.probe(connection -> {
             redis.requirePrimary(connection);
             return connection.publish(channel, status.json());
         });
@@ -1843,9 +1870,9 @@ final class Membership implements AutoCloseable {
     void onHeartbeat(String json) {
         InstanceStatus status = json.length() > MAX_LENGTH ? null : Json.read(json, InstanceStatus.class);
         if (status == null || !status.isValid()) return;
-        Start start = new Start(status.instance(), status.started());
-        if (heartbeats.size() < MAX_INSTANCES || heartbeats.containsKey(start))
-            heartbeats.put(start, new Heartbeat(status, now()));
+        Identity identity = new Identity(status.instance(), status.started());
+        if (heartbeats.size() < MAX_INSTANCES || heartbeats.containsKey(identity))
+            heartbeats.put(identity, new Heartbeat(status, now()));
     }
 
     /** All, by name. */
@@ -1866,7 +1893,7 @@ final class Membership implements AutoCloseable {
 
     private InstanceStatus statusOf(Heartbeat last) {
         boolean isEarlier = last.at < subscribedSince && silence(last) <= SILENT_MILLIS;
-        if (!subscribed || isEarlier) return last.status.as(InstanceStatus.UNKNOWN);
+        if (!subscribed || redis.isDown() || isEarlier) return last.status.as(InstanceStatus.UNKNOWN);
         if (last.status.state().equals(InstanceStatus.GONE) || silence(last) > GONE_MILLIS)
             return last.status.as(InstanceStatus.GONE);
         return silence(last) > SILENT_MILLIS ? last.status.as(InstanceStatus.SILENT) : last.status;
@@ -1892,9 +1919,9 @@ final class Membership implements AutoCloseable {
  * Group commit: makes one batch of the requests that arrive while another batch runs. An idle service runs a batch of
  * one at once; no request waits for a timer or for a batch to fill.
  *
- * <p>While batches are quick, the I/O thread that has read the requests runs them inline, without blocking: handing
- * work to another thread costs more than most batches. After a slow or failed batch, or where one would block, the
- * batcher's own thread takes over, so that a slow store delays only the requests that need it.
+ * <p>While batches are quick, the I/O thread that has read the requests runs them inline: handing work to another
+ * thread costs more than most batches. After a slow or failed batch, or where one would block for longer, the batcher's
+ * own thread takes over. So a slow store delays only the requests that need it, but for the batch that finds it slow.
  */
 final class Batcher<Q, A> implements AutoCloseable {
     /**
@@ -1906,7 +1933,7 @@ final class Batcher<Q, A> implements AutoCloseable {
     /** As many requests wait as may: backpressure instead of an endless queue. */
     @SuppressWarnings("serial") // never serialized
     static final class Overloaded extends RuntimeException {
-        Overloaded() { super("too many requests are waiting", null, false, false); }
+        Overloaded() { super("overloaded", null, false, false); }
     }
 
     /** @param ioThread where to complete the result; null: anywhere */
@@ -1935,7 +1962,7 @@ final class Batcher<Q, A> implements AutoCloseable {
     }
 
     /**
-     * For an I/O thread; never blocks. All that the thread reads in one turn goes into one batch, when the turn ends.
+     * For an I/O thread. All that the thread reads in one turn goes into one batch, when the turn ends.
      *
      * @return completed on that thread; fails with {@link Overloaded} at once
      */
@@ -2055,13 +2082,13 @@ final class WouldBlock extends RuntimeException {
     static void requireBlockingThread() { if (FORBIDDEN.get()) throw new WouldBlock(); }
 }
 
-/** A store is unavailable, or rejected this request alone. */
+/** A store is unavailable, or could not serve this batch: it rejected the statement, or the connection was lost. */
 @SuppressWarnings("serial") // never serialized
 final class StoreException extends RuntimeException {
     private final boolean isUnavailable;
 
     StoreException(String store, boolean isUnavailable, Throwable cause) {
-        super(store + (isUnavailable ? " is unavailable" : " rejected the request"), cause, false, false);
+        super(store + (isUnavailable ? " is unavailable" : " could not serve the request"), cause, false, false);
         this.isUnavailable = isUnavailable;
     }
 
@@ -2072,8 +2099,11 @@ final class StoreException extends RuntimeException {
  * A store's health, and its sessions. A watcher probes it several times a second, and requests report failures: while
  * it is down (circuit open), requests fail at once.
  *
- * <p>Only an outage is a failure of the server. What it rejects (a password, a right, a statement) costs the request or
+ * <p>Only an outage is a failure of the server. What it rejects (a password, a right, a statement) costs the batch or
  * the connection that it rejected, and no other.
+ *
+ * <p>If a server hangs, the batch that finds out waits for the connection's time limit, 1 to 1.3 s; later ones wait for
+ * 250 ms and fail. A new kind of store needs a subclass, its address in Config, and lines in Service and Api.readyz.
  *
  * @param <C> a connection
  */
@@ -2096,7 +2126,7 @@ abstract class Store<C> implements AutoCloseable {
     private volatile int generation;
     private boolean suspected; // by a request: the watcher probes at once
     private boolean confirmed; // by the watcher: the server was down
-    private Thread watcher;
+    private volatile Thread watcher;
 
     Store(String name, String title) {
         this.name = name;
@@ -2121,6 +2151,7 @@ abstract class Store<C> implements AutoCloseable {
     void checkIdle(C connection) {}
 
     boolean isUp() { return state == State.UP; }
+    boolean isDown() { return state == State.DOWN; }
     boolean hasBeenUp() { return hasBeenUp; }
     String state() { return state.name().toLowerCase(Locale.ROOT); }
 
@@ -2133,7 +2164,7 @@ abstract class Store<C> implements AutoCloseable {
         return session;
     }
 
-    /** Starts the watcher, whose probe runs on a session's {@link Session#attempt}. */
+    /** Starts the watcher, whose probe runs on a session's {@link Session#probe}. */
     void watch(int periodMillis, Step probe) {
         watcher = Thread.ofPlatform().name("watch-" + name).daemon().start(() -> {
             try {
@@ -2142,7 +2173,13 @@ abstract class Store<C> implements AutoCloseable {
         });
     }
 
-    void stopWatching() { if (watcher != null) watcher.interrupt(); }
+    void stopWatching() {
+        if (watcher == null) return;
+        watcher.interrupt();
+        try {
+            watcher.join(1_500); // so that its last heartbeat does not follow the deregistration
+        } catch (InterruptedException e) { Thread.currentThread().interrupt(); }
+    }
 
     private synchronized void pause(int millis) throws InterruptedException {
         if (!suspected) wait(state == State.DOWN ? 100 : millis);
@@ -2199,7 +2236,7 @@ abstract class Store<C> implements AutoCloseable {
     private StoreException failed(Exception why) {
         boolean outage = isOutage(why);
         if (outage) markDown(why);
-        else Log.warn("statement_refused", "store", name, "reason", Log.reason(why));
+        else Log.warn("statement_failed", "store", name, "reason", Log.reason(why));
         return new StoreException(title, outage, why);
     }
 
@@ -2235,7 +2272,7 @@ abstract class Store<C> implements AutoCloseable {
          * Runs the work also while the store is down, with the store's own exceptions: for probes. It is repeated if
          * the connection was lost, which says nothing about the server.
          */
-        <T> T attempt(Work<C, T> work) throws Exception { return attempt(work, true); }
+        <T> T probe(Work<C, T> work) throws Exception { return attempt(work, true); }
 
         private synchronized <T> T attempt(Work<C, T> work, boolean mayRepeat) throws Exception {
             if (openedIn != generation) discard();
@@ -2304,8 +2341,9 @@ final class Postgres extends Store<Connection> {
      * connections between transactions these are hints; what has to hold stands in the statements themselves.
      */
     private static final String SETTINGS =
-            // Below SOCKET_MILLIS: a slow statement costs its batch, not the connection.
-            "SET statement_timeout = 1000;"
+            // Below SOCKET_MILLIS: a slow statement costs its batch, not the connection. A request that waits for a
+            // slow batch, and then in one, still gets its response within 2 s.
+            "SET statement_timeout = 900;"
             // ON CONFLICT needs it: in stricter levels, two tries of one request fail each other.
             + "SET default_transaction_isolation = 'read committed';"
             // Planning takes longer than reading a page. Every plan uses an index, also if made for a small table.
@@ -2508,7 +2546,7 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
                 env.choice("DB_SSLMODE", null, "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
                 env.file("DB_SSLROOTCERT"));
         boolean embedded = redis.hosts.isEmpty() || postgres.hosts.isEmpty(); // then there is no proxy
-        String name = env.text("INSTANCE_ID", hostName());
+        String name = env.text("INSTANCE_ID", hostName(env.text("HOSTNAME", null)));
         if (!name.matches(INSTANCE))
             throw new Invalid("INSTANCE_ID", name, "1 to 64 letters, digits, dots, dashes or underscores");
         return new Config(name, env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535),
@@ -2533,10 +2571,9 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
     boolean needsEmbedded() { return redis.hosts.isEmpty() || postgres.hosts.isEmpty(); }
 
     /** As far as it makes a name for an instance. */
-    private static String hostName() {
-        String name = System.getenv("HOSTNAME"); // in a container: without a look-up
+    private static String hostName(String name) { // known in a container: without a look-up
         try {
-            if (name == null || name.isEmpty()) name = InetAddress.getLocalHost().getHostName();
+            if (name == null) name = InetAddress.getLocalHost().getHostName();
         } catch (UnknownHostException e) { name = "localhost"; }
         return name.replaceAll("[^A-Za-z0-9._-]", "-").substring(0, Math.min(64, name.length()));
     }
@@ -2664,7 +2701,7 @@ final class Json {
     }
 }
 
-/** For Prometheus, read by GET /metrics. A new metric goes here, or is a gauge that its owner registers. */
+/** For Prometheus, read by GET /metrics. A new metric goes here, or is a gauge that Service registers. */
 final class Metrics {
     private static final Set<String> METHODS = Set.of("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE");
 
@@ -2813,19 +2850,17 @@ final class Log {
         try {
             while (true) {
                 OUT.println(take());
-                for (String line; (line = LINES.poll()) != null; ) OUT.println(line);
                 int lost = DROPPED.getAndSet(0);
                 if (lost > 0) warn("log_lines_dropped", "count", lost);
-                OUT.flush();
             }
         } catch (InterruptedException flushed) { /* by flush(), which writes the others */ }
     }
 
     /** Writes the lines that wait; the last step of a stop. */
-    static void flush() {
-        if (writer != null) writer.interrupt();
+    static void flush() throws InterruptedException {
+        writer.interrupt();
+        writer.join(1_000); // it may be in the middle of a line
         for (String line; (line = LINES.poll()) != null; ) OUT.println(line);
-        OUT.flush();
     }
 }
 

@@ -22,6 +22,7 @@ import static org.junit.jupiter.api.Assertions.*;
 /** The event stream: subscribers of every instance receive all events, and after a reconnect those that they missed. */
 @ExtendWith(LogCapture.class)
 class EventsTest {
+    private static final Comparator<Cursor> ORDER = Comparator.comparingLong(Cursor::tx).thenComparingLong(Cursor::id);
     private static final String INSERT = "INSERT INTO messages (author, body, instance, request_key) ";
 
     /** One event as a browser gets it. */
@@ -86,7 +87,7 @@ class EventsTest {
             List<Event> received = all("message");
             assertEquals(received.size(), received.stream().map(Event::message).distinct().count(), "each once");
             for (int i = 1; i < received.size(); i++)
-                assertTrue(received.get(i - 1).cursor().compareTo(received.get(i).cursor()) < 0,
+                assertTrue(ORDER.compare(received.get(i - 1).cursor(), received.get(i).cursor()) < 0,
                         received.get(i - 1).id + " was received before " + received.get(i).id);
         }
 
@@ -409,8 +410,23 @@ class EventsTest {
                     subscriber.awaits(board.save("a", "and goes on").expect(201));
                     assertEquals(1, subscriber.ids().size());
                     Event gap = subscriber.all("gap").getFirst();
-                    assertTrue(gap.cursor().compareTo(subscriber.all("message").getFirst().cursor()) < 0, "" + gap);
+                    assertTrue(ORDER.compare(gap.cursor(), subscriber.all("message").getFirst().cursor()) < 0, "" + gap);
                     assertEquals("{\"after\":\"" + cursor + "\"}", gap.data.strip());
+                }
+            }
+        }
+
+        /** Also when PostgreSQL could not be read at first. */
+        @ParameterizedTest @ValueSource(booleans = {false, true})
+        void with_a_backlog_of_more_than_50_000_gets_a_gap(boolean afterAnOutage) throws Exception {
+            try (OutageTest.Proxied behind = new OutageTest.Proxied("behind")) {
+                behind.instance.sql("INSERT INTO messages (author, body, instance, request_key) "
+                        + "SELECT 'a', 'missed', 'other', 's:' || n FROM generate_series(1, 50001) AS n");
+                if (afterAnOutage) behind.postgres.cut();
+                try (Subscriber subscriber = new Subscriber(behind.instance, "?after=0")) {
+                    behind.postgres.mend();
+                    Wait.until("it gets a gap", Duration.ofSeconds(10), () -> !subscriber.all("gap").isEmpty());
+                    assertEquals(0, subscriber.ids().size());
                 }
             }
         }

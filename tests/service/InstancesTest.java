@@ -87,6 +87,19 @@ class InstancesTest {
         awaitState(other, "one", "ready", 1_500); // not silent, nor gone: it was not subscribed
     }
 
+    /** Its subscription is open and gives nothing, which says nothing of the others. */
+    @Test void are_unknown_while_redis_hangs() throws Exception {
+        awaitState(other, "one", "ready", 5_000);
+        proxy.hang();
+        awaitState(other, "one", "unknown", 4_000);
+        for (int i = 0; i < 20; i++) {
+            assertEquals("unknown", state(other, "one"));
+            Thread.sleep(100);
+        }
+        proxy.mend();
+        awaitState(other, "one", "ready", 3_000);
+    }
+
     /** After a new subscription, the status of a dead instance is unknown until it counts as silent. */
     @Test void that_are_dead_are_not_ready_after_a_new_subscription() throws Exception {
         try (FaultProxy own = new FaultProxy(Servers.redisPort());

@@ -126,12 +126,12 @@ class StoresTest {
             Thread.sleep(300);
             try (Postgres postgres = new Postgres(config)) {
                 var writes = postgres.session(Messages::requireNoStuckCommit);
-                assertEquals("in", writes.attempt(connection -> "in"), "a commit of this moment blocks no other");
+                assertEquals("in", writes.probe(connection -> "in"), "a commit of this moment blocks no other");
             }
             Thread.sleep(1_000);
             try (Postgres postgres = new Postgres(config)) {
                 var writes = postgres.session(Messages::requireNoStuckCommit);
-                assertThrows(SQLException.class, () -> writes.attempt(connection -> true));
+                assertThrows(SQLException.class, () -> writes.probe(connection -> true));
             }
             assertFalse(waits.isDone(), "it waits");
         }
@@ -364,7 +364,7 @@ class StoresTest {
         @Test void in_the_middle_of_a_long_statement_is_closed_at_once() throws Exception {
             Postgres postgres = new Postgres(Config.from(Servers.environment(Servers.newDatabase())));
             var session = postgres.session();
-            var statement = Wait.meanwhile(() -> session.attempt(connection -> {
+            var statement = Wait.meanwhile(() -> session.probe(connection -> {
                 connection.setNetworkTimeout(Runnable::run, 60_000);
                 return connection.createStatement().execute("SET statement_timeout = 0; SELECT pg_sleep(20)");
             }));
