@@ -807,7 +807,7 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
                 : postgres.isUp() && redis.isUp() ? "ready" : "degraded";
         Response response = Response.json(ready ? 200 : 503, Json.object("status", status, "instance", instance,
                 "dependencies", Map.of("postgres", postgres.state(), "redis", redis.state())));
-        return ready ? response : response.with(Headers.RETRY_AFTER, "1");
+        return ready ? response : response.with(Headers.RETRY_AFTER, "1").withReason(status);
     }
 
     /** For the backend network only: nginx refuses the path too, and a forwarded request came through some proxy. */
@@ -1364,7 +1364,7 @@ record PageQuery(long before, int limit) {
  * Messages, newest first, and their JSON; shared by all who asked the same in one batch. All null: unknown.
  *
  * @param next   the query for older ones, null if there are none
- * @param cursor events after it miss none that is not on this page
+ * @param cursor events after it are the messages that were stored too late for this page
  */
 record MessagePage(List<Message> messages, String next, String cursor, byte[] json) {
     static final MessagePage UNKNOWN = new MessagePage(null, null, null, null);
@@ -1795,7 +1795,8 @@ record InstanceStatus(String instance, String state, String since, String versio
 
 /**
  * The instances. Four times a second each publishes a heartbeat through Redis, which stores none of it; all receive the
- * same heartbeats, so all give the same list. An instance without heartbeats is silent, then gone, then forgotten.
+ * same heartbeats, so all give the same list, but for what happened before they started. An instance without heartbeats
+ * is silent, then gone, then forgotten.
  *
  * <p>An instance is identified by its name and its start: in a rolling update the old and the new one share a name.
  */

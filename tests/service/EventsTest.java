@@ -410,7 +410,7 @@ class EventsTest {
                     subscriber.awaits(board.save("a", "and goes on").expect(201));
                     assertEquals(1, subscriber.ids().size());
                     Event gap = subscriber.all("gap").getFirst();
-                    assertTrue(ORDER.compare(gap.cursor(), subscriber.all("message").getFirst().cursor()) < 0, "" + gap);
+                    assertTrue(ORDER.compare(gap.cursor(), subscriber.all("message").getFirst().cursor()) < 0);
                     assertEquals("{\"after\":\"" + cursor + "\"}", gap.data.strip());
                 }
             }
