@@ -52,10 +52,16 @@ class ConfigurationTest {
             assertEquals("app", config.postgres().user());
             assertNull(config.postgres().pass().value());
             assertTrue(config.needsEmbedded());
+            assertEquals(0, config.drainMillis());
             Config served = config("DB_HOST", "postgres", "REDIS_HOST", "redis");
             assertEquals("::", served.host());
             assertEquals("[redis:6379]", served.redis().hosts().toString());
             assertEquals("[postgres:5432]", served.postgres().hosts().toString());
+            assertEquals(2500, served.drainMillis(), "longer than nginx keeps an idle connection");
+        }
+
+        @Test void keeps_the_data_in_the_home_folder() throws Exception {
+            assertEquals(Path.of("/home/ann/.threefold"), config("HOME", "/home/ann").dataDir());
         }
 
         @Test void makes_the_host_name_the_instance() throws Exception {
@@ -218,17 +224,28 @@ class ConfigurationTest {
             String error = error("DB_HOST", "me:secret@db");
             assertContains(error, "DB_HOST", "***@db");
             assertFalse(error.contains("secret"), error);
+            String several = error("DB_HOST", "me:secret@db1,me:secret@db2");
+            assertContains(several, "***@db1", "***@db2");
+            assertFalse(several.contains("secret"), several);
         }
+
+        @Test void with_a_user_in_the_address_are_refused() { assertContains(error("DB_HOST", "me@db"), "***@db"); }
 
         @Test void may_be_several() throws Exception {
             assertEquals("[db1:5432, db2:5433, ::1:5432]",
                     config("DB_HOST", "db1,db2:5433,::1").postgres().hosts().toString());
-            assertEquals("threefold", config("REDIS_SENTINELS", "s1,s2,s3:1").redis().master());
+            Config.RedisAddress redis = config("REDIS_SENTINELS", "s1,s2,s3:1").redis();
+            assertEquals("[s1:26379, s2:26379, s3:1]", redis.hosts().toString());
+            assertEquals("threefold", redis.master());
             assertEquals("board", config("REDIS_SENTINELS", "s1", "REDIS_MASTER", "board").redis().master());
         }
 
         @Test void are_configured_in_one_way_only() { assertContains(error("REDIS_HOST", "a", "REDIS_SENTINELS", "b"),
                 "REDIS_HOST"); }
+
+        @Test void are_one_Redis_or_several_Sentinels() {
+            assertContains(error("REDIS_HOST", "r1,r2"), "REDIS_HOST", "r1,r2", "REDIS_SENTINELS");
+        }
 
         @ParameterizedTest @CsvSource({"DB_SSLMODE,maybe,verify-full", "REDIS_TLS,yes,true",
                 "DB_SSLROOTCERT,/no/such/file,file", "REDIS_DB,-1,0", "REDIS_WAIT_REPLICAS,x,100"})

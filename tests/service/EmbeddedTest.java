@@ -450,6 +450,25 @@ class EmbeddedTest {
             assertFalse(program.out().toString().contains(word), "" + lines(word));
         }
 
+        /** Behind a pipe that is full 1,024 lines wait. */
+        @Test void says_once_how_many_lines_its_reader_was_too_slow_for() throws Exception {
+            Path pipe = Servers.FOLDER.resolve("pipe");
+            new ProcessBuilder("mkfifo", pipe.toString()).start().waitFor();
+            try (Program unread = Program.javaAfter("exec >'" + pipe + "'", Map.of("DB_HOST", "127.0.0.1", "DB_PORT",
+                    "1", "REDIS_HOST", "127.0.0.1", "REDIS_PORT", "1")); var log = Files.newBufferedReader(pipe)) {
+                Wait.until("it answers", () -> unread.get("/healthz").status() == 200);
+                for (int i = 0; i < 2_500; i++) unread.get("/nowhere").expect(404);
+                String line = log.readLine();
+                while (!line.contains("log_lines_dropped")) line = log.readLine();
+                assertTrue(JsonParser.parseString(line).getAsJsonObject().get("count").getAsInt() > 500, line);
+                unread.get("/nowhere", "X-Request-Id", "the-last").expect(404);
+                while (!line.contains("the-last")) {
+                    line = log.readLine();
+                    assertFalse(line.contains("log_lines_dropped"), line);
+                }
+            }
+        }
+
         @Test void is_json_line_by_line() throws Exception {
             running().get("/nowhere").problem(404);
             for (String line : program.out())

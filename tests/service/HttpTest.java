@@ -111,6 +111,30 @@ class HttpTest {
             assertEquals(id, Servers.one().get("/healthz", "X-Request-Id", id).header("x-request-id"));
         }
 
+        @Test void keeps_one_of_100_characters_and_no_longer_one() {
+            String most = "x".repeat(100);
+            assertEquals(most, Servers.one().get("/healthz", "X-Request-Id", most).header("x-request-id"));
+            assertNotEquals(most + "x",
+                    Servers.one().get("/healthz", "X-Request-Id", most + "x").header("x-request-id"));
+        }
+
+        @Test void forbids_to_guess_its_type() {
+            for (String path : List.of("/", "/api/messages", "/nowhere"))
+                assertEquals("nosniff", Servers.one().get(path).header("x-content-type-options"), path);
+        }
+
+        /** nginx sends its own id with every request, and logs it; an instance would log it again. */
+        @Test void is_logged_if_the_client_chose_its_id() throws Exception {
+            try (RawConnection connection = Servers.one().connect()) {
+                connection.send(request("GET", "/healthz", "X-Request-Id: of-nginx", "X-Proxy-Request-Id: of-nginx"));
+                connection.read().expect(200);
+                connection.send(request("GET", "/healthz", "X-Request-Id: of-client", "X-Proxy-Request-Id: of-nginx"));
+                connection.read().expect(200);
+            }
+            Wait.until("it is in the log", () -> LogCapture.all().toString().contains("of-client"));
+            assertFalse(LogCapture.all().toString().contains("of-nginx"), "" + LogCapture.last(5));
+        }
+
         @ParameterizedTest @ValueSource(strings = {"", "a b", "<script>", "a\"b", "a,b", "é", "{}", "a\tb",
                 "%0d%0aSet-Cookie:x"}) void replaces_an_invalid_one(String id) throws Exception {
             for (String one : List.of(id, id.isEmpty() ? "" : "x".repeat(5_000))) {
@@ -213,7 +237,8 @@ class HttpTest {
                 "text / html", "text/html;q=x", "text/html;q=", "text/html;q=-1", "text/html;q=1.1",
                 "text/html;q=0.1234",
                 "text/html;level=1", "text/html;charset=iso-8859-1", "text/plain;x=\"a, text/html, b\"",
-                "*/*, text/*;q=0.5", "application/json;charset=utf-8, text/html;q=0.9", "application/json, text/*"})
+                "*/*, text/*;q=0.5", "application/json;charset=utf-8, text/html;q=0.9", "application/json, text/*",
+                "application/json;charset=utf-8, text/html"})
         void is_answered_with_json_if_html_is_not_preferred(String accept) throws Exception {
             Answer answer = Servers.one().raw(request("GET", "/", "Accept: " + accept)).expect(200);
             assertEquals("application/json", answer.header("content-type"), accept);
@@ -324,6 +349,15 @@ class HttpTest {
             Servers.one().get("/metrics", "X-Forwarded-For", "203.0.113.9").problem(404);
         }
 
+        /** It lasts for hours, and would spoil the response times of all others. */
+        @Test void have_no_duration_of_a_stream() {
+            String streams = "http_requests_total{method=\"HEAD\",route=\"/api/events\",status=\"200\"}";
+            double before = Servers.one().metric(streams);
+            Servers.one().send("HEAD", "/api/events", null).expect(200);
+            Wait.until("it is counted", () -> Servers.one().metric(streams) == before + 1);
+            assertEquals(0, Servers.one().metric("http_request_duration_seconds_count{route=\"/api/events\"}"));
+        }
+
         @Test void have_no_label_that_a_client_invented() throws Exception {
             Servers.one().raw(request("STRANGE", "/"));
             Servers.one().get("/strange-path");
@@ -396,6 +430,14 @@ class HttpTest {
             answer.problem(answer.status() == 400 ? 400 : 422, "body");
         }
 
+        @Test void is_explained() {
+            for (String[] one : new String[][] {{"{\"author\":\"a\",\"body\":null}", "body is missing"},
+                {"{\"author\":\"a\",\"body\":1}", "body has to be a string"},
+                {"{\"author\":\"a\",\"author\":\"a\",\"body\":\"b\"}", "the JSON object has a field twice"},
+                {"{", "the body is not valid JSON"}, {"[]", "the body has to be a JSON object"}})
+                assertEquals(one[1], Servers.one().post(one[0]).text("detail"), one[0]);
+        }
+
         @Test void does_not_disturb_the_next_request() throws Exception {
             try (RawConnection connection = Servers.one().connect()) {
                 connection.send(post("{nonsense".getBytes(UTF_8))).read().problem(400);
@@ -431,6 +473,10 @@ class HttpTest {
                 "application/octet-stream", "text/html, application/json"}) void may_not_have_this_type(String type) {
             Servers.one().send("POST", "/api/messages", Caller.message("a", "b").getBytes(UTF_8), "Content-Type",
                     type).problem(415);
+        }
+
+        @Test void may_not_be_compressed() {
+            Servers.one().save("a", "b", "Content-Encoding", "gzip").problem(415);
         }
 
         @Test void has_to_have_a_type() {
@@ -486,7 +532,8 @@ class HttpTest {
         @ParameterizedTest @ValueSource(ints = {MAX_BODY + 1, 1_000_000, 3_000_000})
         void in_chunks_may_not_be_larger_either(int size) throws Exception {
             try (RawConnection connection = Servers.one().connect()) {
-                connection.push(chunked(sized(size), 8_000).getBytes(ISO_8859_1)).read().problem(413);
+                Answer answer = connection.push(chunked(sized(size), 8_000).getBytes(ISO_8859_1)).read().problem(413);
+                assertEquals("close", answer.header("connection"), "the rest of the body is not read");
             }
         }
 

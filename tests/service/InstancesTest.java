@@ -161,6 +161,34 @@ class InstancesTest {
         }
     }
 
+    @Test void are_listed_only_with_what_an_instance_publishes() throws Exception {
+        try (Redis redis = new Redis(Config.from(Servers.environment("none")))) {
+            Membership membership = new Membership(redis);
+            String since = Instant.now().toString();
+            for (InstanceStatus odd : List.of(new InstanceStatus("<b>", InstanceStatus.READY, since, "1", 0L),
+                    new InstanceStatus("odd", "asleep", since, "1", 0L),
+                    new InstanceStatus("odd", InstanceStatus.SILENT, since, "1", 0L),
+                    new InstanceStatus("odd", InstanceStatus.READY, "today", "1", 0L),
+                    new InstanceStatus("odd", InstanceStatus.READY, since, null, 0L)))
+                membership.onHeartbeat(odd.json());
+            assertEquals(List.of(), membership.all());
+        }
+    }
+
+    @Test void are_a_thousand_at_most_which_stay_up_to_date() throws Exception {
+        try (Redis redis = new Redis(Config.from(Servers.environment("none")))) {
+            Membership membership = new Membership(redis);
+            membership.setSubscribed(true);
+            InstanceStatus first = new InstanceStatus("first", InstanceStatus.READY, Instant.now().toString(), "1", 0L);
+            membership.onHeartbeat(first.json());
+            for (int i = 0; i < 1_000; i++)
+                membership.onHeartbeat(new InstanceStatus("i" + i, first.state(), first.since(), "1", 0L).json());
+            membership.onHeartbeat(first.as(InstanceStatus.DRAINING).json());
+            assertEquals(1_000, membership.all().size());
+            assertTrue(membership.all().contains(first.as(InstanceStatus.DRAINING)), "" + first);
+        }
+    }
+
     private String since(String name) { return seen(one, name).get("since").getAsString(); }
 
     @Test void without_PostgreSQL_are_degraded() throws Exception {

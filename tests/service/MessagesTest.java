@@ -163,6 +163,13 @@ class MessagesTest {
             Servers.one().form("author=a").problem(422, "body");
             Servers.one().form("").problem(422, "author", "body");
         }
+
+        @Test void that_is_wrong_has_an_error_of_its_own() {
+            assertEquals("{\"body\":\"body is empty\"}",
+                    "" + Servers.one().save("a", "").problem(422).json().get("errors"));
+            assertEquals("{\"author\":\"author is missing\",\"body\":\"body is missing\"}",
+                    "" + Servers.one().post("{}").problem(422).json().get("errors"));
+        }
     }
 
     @Nested class A_stored_message {
@@ -353,12 +360,21 @@ class MessagesTest {
             Answer page = Servers.one().form("author=" + encoded("<Ann & \"Bob\">") + "&body=" + "b".repeat(2_001),
                     BROWSER).expect(422);
             assertTrue(page.header("content-type").startsWith("text/html"), "" + page);
-            assertTrue(page.body().contains("&lt;Ann &amp; ") && page.body().contains("b".repeat(2_001))
-                    && !page.body().contains("<Ann"), "" + page);
+            assertTrue(page.body().contains("<title>Not stored ")
+                    && page.body().contains("value=\"&lt;Ann &amp; &quot;Bob&quot;&gt;\"")
+                    && page.body().contains("b".repeat(2_001)) && !page.body().contains("<Ann"), "" + page);
             assertEquals("web1", page.header("x-instance-id"));
             Answer empty = Servers.one().form("author=&body=" + encoded("a text that took an hour"), BROWSER)
                     .expect(422);
             assertTrue(empty.body().contains("a text that took an hour"), "" + empty);
+        }
+
+        @Test void that_is_rejected_leaves_no_memory_reserved() {
+            try (Instance board = new Instance("returned")) {
+                board.awaitReady();
+                for (int i = 0; i < 3; i++) board.form("author=a&body=", BROWSER).expect(422);
+                Wait.until("all is released", () -> board.metric("threefold_buffered_bytes") == 0);
+            }
         }
 
         @Test void of_a_program_gets_a_problem() { Servers.one().form("author=a&body=").problem(422, "body"); }
@@ -422,6 +438,17 @@ class MessagesTest {
             Servers.one().save("a", "one\rtwo").expect(201);
             String page = Servers.one().get("/", "Accept", "text/html").expect(200).body();
             assertTrue(page.contains("one&#13;two"), page);
+        }
+
+        @Test void shows_the_share_of_each_instance_by_name_and_the_time_of_each_message() {
+            Message stored = new Message(7, "a", "b", "web2", Instant.parse("2026-01-02T15:04:05.678Z"));
+            String page = new String(new HtmlPage().render("web2", 9L, new Counts(8L, Map.of("web10", 6L, "web2", 2L)),
+                    MessagePage.of(PageQuery.NEWEST, List.of(stored), Cursor.EARLIEST), PageQuery.NEWEST, List.of(),
+                    Form.EMPTY), UTF_8);
+            int two = page.indexOf(">25.0%<"), ten = page.indexOf(">75.0%<");
+            assertTrue(two > 0 && ten > two, "expected web2, with 25 %, before web10, with 75 %, actual: " + page);
+            assertTrue(page.contains(">2 Jan 2026, 15:04:05 UTC<"), page);
+            assertTrue(page.contains("<title>web2 "), page);
         }
 
         @Test void shows_messages_as_text_and_not_as_html() {
@@ -545,6 +572,14 @@ class MessagesTest {
             assertEquals(first.json(), second.json());
             assertNull(second.header("idempotency-replayed"));
             assertEquals(1, count(id));
+        }
+
+        @ParameterizedTest @ValueSource(strings = {"", "a b"})
+        void of_the_proxy_that_is_none_is_not_used(String id) throws Exception {
+            for (String body : List.of("the one", "another")) {
+                byte[] json = Caller.message("a", body).getBytes(UTF_8);
+                Servers.one().raw(HttpTest.post(json, PROXY + ": " + id)).expect(201);
+            }
         }
 
         @Test void of_the_proxy_and_of_a_client_are_not_the_same() {

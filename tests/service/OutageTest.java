@@ -94,6 +94,8 @@ class OutageTest {
                 JsonObject ready = inTime(() -> instance.get("/readyz")).expect(200).json();
                 assertEquals("degraded", ready.get("status").getAsString());
                 assertEquals("down", ready.getAsJsonObject("dependencies").get("redis").getAsString());
+                assertEquals(0, instance.metric("threefold_store_up{store=\"redis\"}"));
+                assertEquals(1, instance.metric("threefold_store_up{store=\"postgres\"}"));
                 proxied.redis.mend();
                 Wait.until("it counts again", Wait.PROMISED, () -> instance.visits() > before);
                 Wait.until("it is ready", Wait.PROMISED, () -> instance.status().equals("ready"));
@@ -452,14 +454,17 @@ class OutageTest {
     }
 
     @Nested class Clients_that_do_not_end_their_bodies {
-        @Test void take_no_more_memory_than_the_budget() throws Exception {
+        @ParameterizedTest @ValueSource(booleans = {false, true})
+        void take_no_more_memory_than_the_budget(boolean chunked) throws Exception {
             try (Instance board = new Instance("patient")) {
                 board.awaitReady();
                 List<RawConnection> senders = new ArrayList<>();
                 try {
                     for (int i = 0; i < 170; i++) {
                         senders.add(board.connect());
-                        senders.getLast().send(HttpTest.post(HttpTest.sized(HttpTest.MAX_BODY)).substring(0, 500));
+                        byte[] body = HttpTest.sized(HttpTest.MAX_BODY);
+                        String request = chunked ? HttpTest.chunked(body, 8_000) : HttpTest.post(body);
+                        senders.getLast().send(request.substring(0, 500));
                     }
                     Wait.until("there is no more room", () -> board.metric("threefold_buffered_bytes") > 16.5e6);
                     board.post(HttpTest.sized(HttpTest.MAX_BODY)).unavailable();

@@ -387,6 +387,17 @@ class StoresTest {
             }
         }
 
+        @Test void that_is_back_is_tried_at_once() throws Exception {
+            try (FaultProxy proxy = new FaultProxy(Servers.databasePort()); Postgres postgres = new Postgres(
+                    Config.from(Servers.environment("postgres", "DB_PORT", "" + proxy.port())))) {
+                var session = postgres.session();
+                proxy.cut();
+                assertThrows(SQLException.class, () -> session.attempt(connection -> true));
+                proxy.mend();
+                assertEquals("in", session.attempt(connection -> "in"));
+            }
+        }
+
         @Test void that_is_slow_to_write_delays_no_reader() throws Exception {
             try (Instance board = new Instance("slow-disk")) {
                 board.save("a", "quick").expect(201);
@@ -660,6 +671,19 @@ class StoresTest {
             }
         }
 
+        /** A second connection would take the time that the response may take. */
+        @Test void that_does_not_answer_on_an_idle_connection_is_not_asked_on_another_one() throws Exception {
+            try (FaultProxy proxy = new FaultProxy(Servers.redisPort()); Redis redis = new Redis(Config.from(
+                    Servers.environment("none", "REDIS_PORT", "" + proxy.port())))) {
+                var session = redis.session();
+                session.run(Jedis::ping);
+                Thread.sleep(1_100); // then it is idle
+                proxy.hang();
+                assertThrows(StoreException.class, () -> session.run(Jedis::ping));
+                assertEquals(1, proxy.accepted());
+            }
+        }
+
         @Test void that_is_a_replica_is_not_read_either() throws Exception {
             try (RedisProgram replica = new RedisProgram("replicaof 127.0.0.1 1");
                  Instance board = replica.board("old-total")) {
@@ -750,16 +774,20 @@ class StoresTest {
         /** Names of containers come and go; their counts stay in the total. */
         @Test void keeps_the_counts_of_instances_long_gone_as_one_number() throws Exception {
             try (Jedis jedis = in(7)) {
+                String byInstance = "{visits:total}:by-instance";
                 jedis.set("visits:total", "20");
-                jedis.hset("{visits:total}:by-instance", Map.of("gone1", "7", "gone2", "8", "here", "5"));
+                jedis.hset(byInstance, Map.of("earlier instances", "3", "gone1", "4", "gone2", "8", "here", "5"));
                 Config config = Config.from(Servers.environment("none", "REDIS_DB", "7"));
                 try (Redis redis = new Redis(config);
                      Counters counters = new Counters(redis, "settled", new Metrics())) {
                     counters.compact(Set.of()); // while it is unknown which instances live
-                    assertEquals(3, counters.poll().byInstance().size());
+                    assertEquals(4, counters.poll().byInstance().size());
                     counters.compact(Set.of("here", "settled"));
                     assertEquals(Map.of("earlier instances", 15L, "here", 5L), counters.poll().byInstance());
                     assertEquals(20, counters.poll().total());
+                    jedis.hset(byInstance, "gone3", "0");
+                    counters.compact(Set.of("here", "settled"));
+                    assertTrue(counters.poll().byInstance().containsKey("gone3"), "not more than once in ten seconds");
                 }
             }
         }
