@@ -2522,7 +2522,7 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
 
         /** What precedes the @ of an address may be a password. */
         Invalid(String name, String value, String needed) {
-            this(name + "=\"" + value.replaceAll("[^,\\s]*@", "***@") + "\" cannot be used: it needs " + needed);
+            this(name + "=\"" + value.replaceAll("(?s).*@", "***@") + "\" cannot be used: it needs " + needed);
         }
     }
 
@@ -2547,7 +2547,7 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
                 env.choice("DB_SSLMODE", null, "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
                 env.file("DB_SSLROOTCERT"));
         boolean embedded = redis.hosts.isEmpty() || postgres.hosts.isEmpty(); // then there is no proxy
-        String name = env.text("INSTANCE_ID", hostName(env.text("HOSTNAME", null)));
+        String name = env.text("INSTANCE_ID", hostName(env.values.get("HOSTNAME")));
         if (!name.matches(INSTANCE))
             throw new Invalid("INSTANCE_ID", name, "1 to 64 letters, digits, dots, dashes or underscores");
         return new Config(name, env.text("HOST", embedded ? "127.0.0.1" : "::"), env.number("PORT", 9999, 1, 65535),
@@ -2576,7 +2576,8 @@ record Config(String instance, String host, int port, PostgresAddress postgres, 
         try {
             if (name == null) name = InetAddress.getLocalHost().getHostName();
         } catch (UnknownHostException e) { name = "localhost"; }
-        return name.replaceAll("[^A-Za-z0-9._-]", "-").substring(0, Math.min(64, name.length()));
+        String valid = name.replaceAll("[^A-Za-z0-9._-]", "-");
+        return valid.substring(0, Math.min(64, valid.length()));
     }
 
     /** The text of a file of //FILES; with LF, as a browser reads it, even if git wrote CRLF. */
@@ -2851,6 +2852,7 @@ final class Log {
         try {
             while (true) {
                 OUT.println(take());
+                for (String line; (line = LINES.poll()) != null; ) OUT.println(line);
                 int lost = DROPPED.getAndSet(0);
                 if (lost > 0) warn("log_lines_dropped", "count", lost);
             }

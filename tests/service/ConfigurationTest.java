@@ -75,6 +75,7 @@ class ConfigurationTest {
                 Wait.until("it answers", Duration.ofSeconds(10), () -> named.get("/healthz").status() == 200);
                 assertTrue(named.get("/healthz").text("instance").matches("[A-Za-z0-9._-]{64}"));
             }
+            assertEquals("--", config("HOSTNAME", "\uD83D\uDE42\uFFFD").instance(), "of an emoji, and of no text");
         }
 
         @Test void is_the_same_as_what_is_empty() throws Exception {
@@ -225,8 +226,14 @@ class ConfigurationTest {
             assertContains(error, "DB_HOST", "***@db");
             assertFalse(error.contains("secret"), error);
             String several = error("DB_HOST", "me:secret@db1,me:secret@db2");
-            assertContains(several, "***@db1", "***@db2");
+            assertContains(several, "***@db2");
             assertFalse(several.contains("secret"), several);
+        }
+
+        /** It may hold any character. */
+        @Test void with_an_odd_password_in_the_address_are_refused_without_it() {
+            for (String value : List.of("me:my secret@db", "me:se,cret@db", "me:se\ncret@db", "me:s@cret@db"))
+                assertContains(error("DB_HOST", value), "DB_HOST=\"***@db\"");
         }
 
         @Test void with_a_user_in_the_address_are_refused() { assertContains(error("DB_HOST", "me@db"), "***@db"); }

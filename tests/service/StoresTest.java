@@ -7,6 +7,7 @@ import org.junit.jupiter.params.provider.ValueSource;
 import redis.clients.jedis.Jedis;
 
 import java.io.IOException;
+import java.net.ConnectException;
 import java.net.ServerSocket;
 import java.net.Socket;
 import java.nio.file.Files;
@@ -392,9 +393,15 @@ class StoresTest {
                     Config.from(Servers.environment("postgres", "DB_PORT", "" + proxy.port())))) {
                 var session = postgres.session();
                 proxy.cut();
-                assertThrows(SQLException.class, () -> session.attempt(connection -> true));
+                Wait.until("it refuses connections", () -> {
+                    try {
+                        new Socket("127.0.0.1", proxy.port()).close();
+                        return false;
+                    } catch (ConnectException refused) { return true; }
+                });
+                assertThrows(SQLException.class, () -> session.probe(connection -> true));
                 proxy.mend();
-                assertEquals("in", session.attempt(connection -> "in"));
+                assertEquals("in", session.probe(connection -> "in"));
             }
         }
 
