@@ -171,8 +171,8 @@ public final class Service implements AutoCloseable {
     Service start() throws Config.Invalid, IOException {
         http.listen(routes);
         postgres.watch(100, () -> events.onHighWaterMark(messages.probe()));
-        redis.watch(250, this::heartbeat);
         membership.start(status());
+        redis.watch(250, this::heartbeat);
         Log.info("listening", "address", "http://localhost:" + port());
         return this;
     }
@@ -771,11 +771,8 @@ record Api(String instance, Messages messages, Counters counters, Membership mem
     private CompletableFuture<Response> rejectForm(Request request, Throwable failure) {
         Problem problem = Problem.of(failure);
         if (problem == null) return CompletableFuture.failedFuture(failure);
-        Form form = Form.of(request.body(), problem);
-        return (problem.status() == 503 // without another wait for PostgreSQL
-                ? completedFuture(page.response(503, page.render(instance, null, Counts.UNKNOWN, MessagePage.UNKNOWN,
-                        PageQuery.NEWEST, membership.all(), form)))
-                : page(request, problem.status(), PageQuery.NEWEST, null, form)).thenApply(problem::explain);
+        return page(request, problem.status(), PageQuery.NEWEST, null, Form.of(request.body(), problem))
+                .thenApply(problem::explain);
     }
 
     private CompletableFuture<Response> listMessages(Request request) {
@@ -833,7 +830,8 @@ final class Events implements AutoCloseable {
     static final String TYPE = "text/event-stream; charset=UTF-8";
     static final int MAX_SUBSCRIBERS = 1_024;
     private static final int MAX_PAGES_AT_ONCE = 16, CHUNK_BYTES = 8 * 1024;
-    private static final long HEARTBEAT_NANOS = 15_000_000_000L, WRITE_STALL_NANOS = 30_000_000_000L;
+    private static final long HEARTBEAT_NANOS = 15_000_000_000L, WRITE_STALL_NANOS = 30_000_000_000L,
+            BATCH_NANOS = 1_000_000_000;
     /** An event, not a comment, so that scripts see it. */
     private static final byte[] HEARTBEAT = frame("heartbeat", null, "{}");
 
@@ -899,16 +897,17 @@ final class Events implements AutoCloseable {
 
     /**
      * One read for equal queries; those after the first sixteen wait for the next batch. Null for a query that
-     * PostgreSQL rejects, as one that takes too long: it fails by itself.
+     * PostgreSQL rejects, as one that takes too long, and for those after it: its subscriber tries again.
      */
     private static List<Chunk> chunks(Messages messages, List<EventQuery> batch) throws InterruptedException {
+        long deadline = System.nanoTime() + BATCH_NANOS;
         Map<EventQuery, Chunk> read = new HashMap<>();
         List<Chunk> answers = new ArrayList<>();
         for (EventQuery query : batch) {
             if (!read.containsKey(query)) {
                 if (read.size() == MAX_PAGES_AT_ONCE) break;
                 try {
-                    read.put(query, chunk(messages.eventsAfter(query)));
+                    read.put(query, System.nanoTime() > deadline ? null : chunk(messages.eventsAfter(query)));
                 } catch (StoreException e) {
                     if (e.isUnavailable()) throw e;
                     read.put(query, null);
@@ -1812,7 +1811,7 @@ final class Membership implements AutoCloseable {
     private final String channel;
     private final Store<Jedis>.Session session;
     private final Map<Identity, Heartbeat> heartbeats = new ConcurrentHashMap<>();
-    private volatile boolean subscribed, closed;
+    private volatile boolean subscribed, closed, published = true; // the last heartbeat; if not, no others can arrive
     private volatile long subscribedSince; // no heartbeat can have arrived before
     private volatile Jedis subscription;
 
@@ -1832,10 +1831,14 @@ final class Membership implements AutoCloseable {
 
     /** Publishes that this instance lives; fails if Redis is no primary, which would publish all the same. */
     void heartbeat(InstanceStatus status) throws Exception {
-        session.probe(connection -> {
-            redis.requirePrimary(connection);
-            return connection.publish(channel, status.json());
-        });
+        boolean done = false;
+        try {
+            session.probe(connection -> {
+                redis.requirePrimary(connection);
+                return connection.publish(channel, status.json());
+            });
+            done = true;
+        } finally { published = done; }
     }
 
     /** The last heartbeat of an instance that stops. */
@@ -1894,7 +1897,7 @@ final class Membership implements AutoCloseable {
 
     private InstanceStatus statusOf(Heartbeat last) {
         boolean isEarlier = last.at < subscribedSince && silence(last) <= SILENT_MILLIS;
-        if (!subscribed || redis.isDown() || isEarlier) return last.status.as(InstanceStatus.UNKNOWN);
+        if (!subscribed || !published || isEarlier) return last.status.as(InstanceStatus.UNKNOWN);
         if (last.status.state().equals(InstanceStatus.GONE) || silence(last) > GONE_MILLIS)
             return last.status.as(InstanceStatus.GONE);
         return silence(last) > SILENT_MILLIS ? last.status.as(InstanceStatus.SILENT) : last.status;
@@ -2152,7 +2155,6 @@ abstract class Store<C> implements AutoCloseable {
     void checkIdle(C connection) {}
 
     boolean isUp() { return state == State.UP; }
-    boolean isDown() { return state == State.DOWN; }
     boolean hasBeenUp() { return hasBeenUp; }
     String state() { return state.name().toLowerCase(Locale.ROOT); }
 
@@ -2178,7 +2180,7 @@ abstract class Store<C> implements AutoCloseable {
         if (watcher == null) return;
         watcher.interrupt();
         try {
-            watcher.join(1_500); // so that its last heartbeat does not follow the deregistration
+            watcher.join(3_000); // so that its last heartbeat does not follow the deregistration
         } catch (InterruptedException e) { Thread.currentThread().interrupt(); }
     }
 
