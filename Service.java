@@ -895,10 +895,7 @@ final class Events implements AutoCloseable {
                 .getBytes(UTF_8);
     }
 
-    /**
-     * One read for equal queries; those after the first sixteen wait for the next batch. Null for a query that
-     * PostgreSQL rejects, as one that takes too long, and for those after it: its subscriber tries again.
-     */
+    /** One read for equal queries; those after the first sixteen wait for the next batch. */
     private static List<Chunk> chunks(Messages messages, List<EventQuery> batch) throws InterruptedException {
         long deadline = System.nanoTime() + BATCH_NANOS;
         Map<EventQuery, Chunk> read = new HashMap<>();
@@ -906,16 +903,21 @@ final class Events implements AutoCloseable {
         for (EventQuery query : batch) {
             if (!read.containsKey(query)) {
                 if (read.size() == MAX_PAGES_AT_ONCE) break;
-                try {
-                    read.put(query, System.nanoTime() > deadline ? null : chunk(messages.eventsAfter(query)));
-                } catch (StoreException e) {
-                    if (e.isUnavailable()) throw e;
-                    read.put(query, null);
-                }
+                read.put(query, read(messages, query, deadline));
             }
             answers.add(read.get(query));
         }
         return answers;
+    }
+
+    /** Null if PostgreSQL rejects the query, as one that takes too long, or no time is left: its subscriber retries. */
+    private static Chunk read(Messages messages, EventQuery query, long deadline) throws InterruptedException {
+        try {
+            return System.nanoTime() > deadline ? null : chunk(messages.eventsAfter(query));
+        } catch (StoreException e) {
+            if (e.isUnavailable()) throw e;
+            return null;
+        }
     }
 
     private static Chunk chunk(EventPage page) {
@@ -1026,7 +1028,7 @@ final class Events implements AutoCloseable {
             return true;
         }
 
-        /** @return null while PostgreSQL is unavailable or overloaded */
+        /** @return null if PostgreSQL is unavailable or overloaded, or rejected the query */
         private Chunk query() throws InterruptedException {
             Cursor mark = highWaterMark;
             try {
@@ -1831,14 +1833,16 @@ final class Membership implements AutoCloseable {
 
     /** Publishes that this instance lives; fails if Redis is no primary, which would publish all the same. */
     void heartbeat(InstanceStatus status) throws Exception {
-        boolean done = false;
         try {
             session.probe(connection -> {
                 redis.requirePrimary(connection);
                 return connection.publish(channel, status.json());
             });
-            done = true;
-        } finally { published = done; }
+            published = true;
+        } catch (Exception e) {
+            published = false;
+            throw e;
+        }
     }
 
     /** The last heartbeat of an instance that stops. */

@@ -22,6 +22,11 @@ whole() {
     2>&1 <<<"INSERT INTO messages (author, body, instance, request_key) VALUES ('test', 'whole', 'web1', 'c:whole')
              ON CONFLICT DO NOTHING; SELECT body FROM messages WHERE request_key = 'c:whole'"
 }
+# health_check SERVICE: runs it now
+health_check() {
+  docker compose exec -T "$1" sh -c \
+    "$(docker inspect --format '{{index .Config.Healthcheck.Test 1}}' "$(docker compose ps -q "$1")")"
+}
 # refusal: the last line of a container of PostgreSQL that cannot start
 refusal() { timeout 30 docker compose run --rm --no-deps -T postgres 2>&1 </dev/null | sed -n 's/.*cannot start: //p'; }
 # earlier SCRIPTS: PostgreSQL, started by the image's own entrypoint
@@ -50,9 +55,8 @@ env_changed_passwords() {
   check "Redis with the former one" NOAUTH \
     "$(docker compose exec -T -e REDISCLI_AUTH=redis redis redis-cli get x 2>&1 | grep -o NOAUTH)"
   docker compose exec -T postgres psql -qc "ALTER ROLE app PASSWORD 'secretly'"
-  check "PostgreSQL's health check, when the password is another" failed "$(docker compose exec -T postgres sh -c \
-    "$(docker inspect --format '{{index .Config.Healthcheck.Test 1}}' "$(docker compose ps -q postgres)")" \
-    >"$WORK/check" 2>&1 && echo passed || echo failed)"
+  check "PostgreSQL's health check, when the password is another" failed "$(
+    health_check postgres >"$WORK/check" 2>&1 && echo passed || echo failed)"
 
   export DB_USER=other
   check "with another user on the same volume" "up $UP" "$(up_says web1) $(both_up)"
@@ -173,12 +177,9 @@ written() {
 }
 # writes_nothing: for 2 s, and with a health check of both
 writes_nothing() {
-  local before service
+  local before
   before=$(written)
-  for service in postgres redis; do
-    docker compose exec -T "$service" sh -c "$(docker inspect --format '{{index .Config.Healthcheck.Test 1}}' \
-      "$(docker compose ps --quiet "$service")")" || return 1
-  done
+  health_check postgres && health_check redis || return 1
   sleep 2
   [ "$(written)" = "$before" ]
 }
